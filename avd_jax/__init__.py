@@ -1,0 +1,1 @@
+"""Autoregressive video diffusion that does not drift, in JAX."""

@@ -1,0 +1,1 @@
+"""Methods: one loss, and the histories it may be conditioned on."""

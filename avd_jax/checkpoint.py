@@ -1,0 +1,120 @@
+"""Checkpoints: any pytree plus a JSON record, saved asynchronously by orbax.
+
+Saves are atomic: a directory without orbax's final rename does not count as a
+checkpoint, so a run that dies while saving resumes from the one before.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from avd_jax.errors import UserError
+
+
+class Checkpoints:
+  """The checkpoints of one workdir, under `workdir/checkpoints`.
+
+  Args:
+    workdir: the run's directory.
+    keep: newest checkpoints to keep.
+  """
+
+  def __init__(self, workdir: str | Path, keep: int = 2):
+    self.path = Path(workdir).absolute() / "checkpoints"
+    self._manager = ocp.CheckpointManager(
+      self.path,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=True, enable_async_checkpointing=True
+      ),
+    )
+
+  def latest(self) -> int | None:
+    """The newest whole checkpoint's step, or None."""
+    return self._manager.latest_step()
+
+  def save(
+    self, step: int, items: dict[str, Any], record: dict[str, Any]
+  ) -> None:
+    """Starts saving named pytrees; returns before the files are written."""
+    if self._manager.latest_step() == step:
+      return
+    # In a dict of one: orbax refuses a tree that is a single array.
+    trees = {
+      name: ocp.args.StandardSave({name: tree}) for name, tree in items.items()
+    }
+    args = ocp.args.Composite(record=ocp.args.JsonSave(record), **trees)
+    self._manager.save(step, args=args)
+
+  def record(self, step: int) -> dict[str, Any]:
+    """The JSON record saved beside the trees."""
+    return self._restore(step, record=ocp.args.JsonRestore())["record"]
+
+  def restore(self, step: int, targets: dict[str, Any]) -> dict[str, Any]:
+    """The named trees at `step`, into the shapes and shardings of `targets`.
+
+    Raises:
+      UserError: a checkpoint that is torn, or of another shape.
+    """
+    args = {
+      name: ocp.args.StandardRestore(
+        jax.tree.map(ocp.utils.to_shape_dtype_struct, {name: target})
+      )
+      for name, target in targets.items()
+    }
+    restored = self._restore(step, **args)
+    return {name: restored[name][name] for name in targets}
+
+  def _restore(self, step: int, **args: Any) -> Any:
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(**args))
+    except (ValueError, KeyError, OSError, TypeError) as error:
+      reason = str(error).strip().splitlines()[0][:200]
+      raise UserError(
+        f"checkpoint {self.path / str(step)} cannot be restored ({reason});"
+        " delete that directory to fall back to an older one"
+      ) from error
+
+  def wait(self) -> None:
+    """Returns when every started save is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self.wait()
+    self._manager.close()
+
+
+def open_existing(workdir: str | Path) -> tuple[Checkpoints, int]:
+  """The checkpoints of a trained run, and the newest step.
+
+  Raises:
+    UserError: no such directory, or nothing in it.
+  """
+  path = Path(workdir)
+  if not path.is_dir():
+    raise UserError(f"workdir {path} does not exist; train into it first")
+  if not (path / "checkpoints").is_dir():
+    raise UserError(f"workdir {path} has no checkpoints; train into it first")
+  checkpoints = Checkpoints(path)
+  step = checkpoints.latest()
+  if step is None:
+    raise UserError(
+      f"workdir {path} has no whole checkpoint; train into it first"
+    )
+  return checkpoints, step
+
+
+def read_json(path: Path) -> Any:
+  """A JSON file.
+
+  Raises:
+    UserError: missing or not JSON.
+  """
+  try:
+    return json.loads(path.read_text())
+  except FileNotFoundError as error:
+    raise UserError(f"{path} does not exist") from error
+  except json.JSONDecodeError as error:
+    raise UserError(f"{path} is not valid JSON: {error}") from error

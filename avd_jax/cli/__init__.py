@@ -1,0 +1,1 @@
+"""Programs: flags and devices, nothing else."""

@@ -1,0 +1,64 @@
+"""`avd`: one program, a subcommand for each job."""
+
+import argparse
+import importlib
+import sys
+
+from avd_jax.errors import UserError
+
+COMMANDS = ("demo", "train", "sample", "evaluate", "bench")
+
+DESCRIPTION = """\
+Trains autoregressive video diffusion models that do not drift, and measures
+how much they do.
+
+  avd demo                                   the whole story in ten minutes
+  avd train --config configs/worlds_tiny.py --workdir runs/x
+  avd sample --workdir runs/x --out clip.mp4
+  avd evaluate --workdir runs/x
+  avd bench step
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+  """The command line of every subcommand."""
+  top = argparse.ArgumentParser(
+    prog="avd",
+    description=DESCRIPTION,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  commands = top.add_subparsers(dest="command", required=True, metavar="JOB")
+  for name in COMMANDS:
+    module = importlib.import_module(f"avd_jax.cli.{name}")
+    sub = commands.add_parser(
+      name,
+      help=module.__doc__.splitlines()[0],
+      description=module.__doc__,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(sub)
+    sub.set_defaults(run=module.run)
+  return top
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a subcommand; a user's mistake is one line and exit code 2."""
+  arguments = parser()
+  args, rest = arguments.parse_known_args(argv)
+  stray = [a for a in rest if not a.startswith("--config.")]
+  if stray or (rest and not hasattr(args, "config")):
+    arguments.error(f"unrecognized arguments: {' '.join(stray or rest)}")
+  try:
+    args.overrides = rest
+    args.run(args)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("stopped", file=sys.stderr)
+    return 130
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,223 @@
+"""The one base config, and its typed readings for the rooms below.
+
+A file in configs/ changes this base. Rooms below never see a ConfigDict: they
+get the frozen dataclass that `typed` makes of a section. Everything a user can
+get wrong in a config is refused here, before any compute is spent.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from avd_jax.algorithms.histories import Resampling
+from avd_jax.data.pipeline import DataConfig
+from avd_jax.diffusion.solvers import SOLVERS
+from avd_jax.errors import UserError
+from avd_jax.models.dit import DiTConfig
+from avd_jax.parallel import AXES
+
+T = TypeVar("T")
+
+# A run may be resumed with other values here; everything else makes it
+# another run.
+FREE = ("log.", "mesh.", "sampling.", "evaluation.", "data.num_workers",
+        "data.num_threads")
+HISTORIES = ("ground_truth", "self_resampled")
+
+
+def stage(history: str, steps: int, **changes: Any) -> ConfigDict:
+  """A stretch of training: a history, an optimizer schedule, a length."""
+  return ConfigDict(
+    dict(
+      history=history,  # "ground_truth" or "self_resampled"
+      steps=steps,
+      learning_rate=3e-3,
+      warmup_steps=50,  # linear, from 0
+      decay_steps=0,  # last steps of the stage, linear down to final_lr_ratio
+      final_lr_ratio=0.1,
+      resampler="online",  # or "ema": the weights that re-make the history
+      resampling=dataclasses.asdict(Resampling()),
+    )
+    | changes
+  )
+
+
+def default() -> ConfigDict:
+  """A tiny world on a laptop; every other config changes this one."""
+  model = dataclasses.asdict(
+    DiTConfig(
+      dim=64, ffn_dim=192, num_heads=4, num_layers=3, patch=6, channels=3,
+      text="bytes", text_dim=32, text_tokens=4, freq_dim=64, chunk_frames=1,
+      prediction="x0", remat="none", scan_unroll=3,
+    )
+  )
+  return ConfigDict(
+    dict(
+      seed=0,
+      init_from="",  # workdir whose newest EMA weights training starts from
+      data=dataclasses.asdict(DataConfig()),
+      model=model,
+      loss=dict(
+        levels="logit_normal",  # or "uniform"
+        shift=3.0,  # s of the training levels t^i
+        text_dropout=0.1,
+        skip_chunks=0,  # first chunks without loss
+      ),
+      optimizer=dict(
+        b1=0.9, b2=0.99, weight_decay=0.01, clip_norm=1.0, ema=0.99,
+        accumulation=1,
+      ),
+      # Run in this order; each is a section of `stage`.
+      stages=("teacher_forcing", "resampling_forcing"),
+      stage=dict(
+        teacher_forcing=stage("ground_truth", 1200),
+        resampling_forcing=stage("self_resampled", 600, warmup_steps=0),
+      ),
+      mesh=dict(data=-1, fsdp=1, context=1, tensor=1),
+      log=dict(every=50, checkpoint_every=500, keep=2),
+      sampling=dict(
+        steps=8, shift=1.0, guidance=1.0, solver="euler", segment=8
+      ),
+      evaluation=dict(videos=64, given=4, frames=128, seed=1),
+    )
+  )
+
+
+def load(path: str, overrides: list[str]) -> ConfigDict:
+  """Reads a config file and applies `--config.field=value` arguments.
+
+  Raises:
+    UserError: no such file, an unknown field, a value of another type.
+  """
+  file, _, _ = path.partition(":")
+  if not Path(file).is_file():
+    raise UserError(f"config {file} does not exist; see configs/ for examples")
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", flag_values=values)
+  try:
+    values(["avd", f"--config={path}", *overrides])
+    config = values.config
+  except AttributeError as error:
+    raise UserError(
+      f"{file}: {_line(error)} (unknown field)"
+    ) from error
+  except (flags.Error, ValueError, TypeError, KeyError, IndexError) as error:
+    raise UserError(f"{file}: {_line(error)}") from error
+  except (ImportError, SyntaxError, NameError) as error:
+    raise UserError(f"{file} cannot be read: {_line(error)}") from error
+  check(config)
+  return config
+
+
+def _line(error: Exception) -> str:
+  return " ".join(str(error).split())[:300]
+
+
+def typed(cls: type[T], section: ConfigDict) -> T:
+  """A section as the frozen dataclass of the room that reads it.
+
+  Raises:
+    UserError: fields that the dataclass lacks, or that it refuses.
+  """
+  known = {field.name for field in dataclasses.fields(cls)}
+  unknown = sorted(set(section) - known)
+  if unknown:
+    raise UserError(
+      f"unknown config fields {', '.join(unknown)} for {cls.__name__};"
+      f" it has {', '.join(sorted(known))}"
+    )
+  values = {
+    key: tuple(value) if isinstance(value, list) else value
+    for key, value in section.items()
+  }
+  return cls(**values)
+
+
+def check(config: ConfigDict) -> None:
+  """Refuses what cannot work, by name.
+
+  Raises:
+    UserError: the first thing found.
+  """
+  model, data = typed(DiTConfig, config.model), typed(DataConfig, config.data)
+  model.grid(data.height, data.width)
+  if model.text == "embeddings":
+    raise UserError(
+      "model.text 'embeddings' needs embeddings made beforehand; videos with"
+      " captions take 'bytes' (or 'none')"
+    )
+  for name, frames in (
+    ("data.frames", data.frames), ("evaluation.frames", config.evaluation.frames)
+  ):
+    if frames % model.chunk_frames:
+      raise UserError(
+        f"{name} {frames} is not divisible by model.chunk_frames"
+        f" {model.chunk_frames}"
+      )
+  chunks = data.frames // model.chunk_frames
+  if config.loss.skip_chunks >= chunks:
+    raise UserError(
+      f"loss.skip_chunks {config.loss.skip_chunks} leaves no chunk of {chunks}"
+      " to train"
+    )
+  if config.evaluation.given % model.chunk_frames:
+    raise UserError(
+      f"evaluation.given {config.evaluation.given} frames is not a whole"
+      f" number of chunks of {model.chunk_frames}"
+    )
+  _one_of("loss.levels", config.loss.levels, ("logit_normal", "uniform"))
+  _one_of("sampling.solver", config.sampling.solver, tuple(SOLVERS))
+  if set(config.mesh) != set(AXES):
+    raise UserError(f"mesh has the axes {', '.join(AXES)}, no others")
+  for name in config.stages:
+    if name not in config.stage:
+      raise UserError(
+        f"stages names {name!r}, but stage has only"
+        f" {', '.join(sorted(config.stage))}"
+      )
+    section = config.stage[name]
+    _one_of(f"stage.{name}.history", section.history, HISTORIES)
+    _one_of(f"stage.{name}.resampler", section.resampler, ("online", "ema"))
+    typed(Resampling, section.resampling)
+    if section.steps < 1:
+      raise UserError(f"stage.{name}.steps {section.steps}: at least 1")
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+  if value not in allowed:
+    raise UserError(f"{name} {value!r} is not one of {', '.join(allowed)}")
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+  """Plain values, as they come back from a file."""
+  return json.loads(json.dumps(config.to_dict()))
+
+
+def from_json(values: dict[str, Any]) -> ConfigDict:
+  """The config of a run, read back (sequences as tuples, as they were)."""
+
+  def tuples(value):
+    if isinstance(value, dict):
+      return {k: tuples(v) for k, v in value.items()}
+    return tuple(tuples(v) for v in value) if isinstance(value, list) else value
+
+  return ConfigDict(tuples(values))
+
+
+def differences(
+  old: dict[str, Any], new: dict[str, Any], prefix: str = ""
+) -> list[str]:
+  """Lines "field: old -> new" for every field that must not change."""
+  lines = []
+  for key in sorted(set(old) | set(new)):
+    name = prefix + key
+    a, b = old.get(key), new.get(key)
+    if isinstance(a, dict) and isinstance(b, dict):
+      lines += differences(a, b, name + ".")
+    elif a != b and not name.startswith(FREE):
+      lines.append(f"{name}: {a!r} -> {b!r}")
+  return lines

@@ -1,0 +1,1 @@
+"""Flow matching, solvers, guidance and the one autoregressive rollout."""

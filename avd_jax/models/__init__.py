@@ -1,0 +1,1 @@
+"""Flax networks, handed on as a `Denoiser`."""

@@ -1,0 +1,529 @@
+"""CausalDiT: Wan2.1's diffusion transformer, made causal over chunks.
+
+One set of weights, two faces (`typing.Denoiser`): `parallel` runs all chunks
+under the training mask, scanning over layers; `cached` runs one chunk against
+a KV cache, with the layers unrolled over the same stacked parameters, so that
+each layer's cache is updated in place. Tests hold the two equal.
+
+The architecture is Wan's to the letter (per-chunk timestep modulation, qk
+RMSNorm over the full width, 3D rotary positions, cross-attention to text,
+patches (1, p, p)), from one config, tiny to 14B. What a tiny model needs
+besides is off by default: the x0 output and the learned spatial embedding.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from avd_jax.errors import UserError
+from avd_jax.models import layers
+from avd_jax.models import text as text_lib
+from avd_jax.ops import attention
+from avd_jax.ops import kv_cache
+from avd_jax.ops import masks
+from avd_jax.ops import rope
+from avd_jax.typing import Denoiser, History, Params, Text
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+  """Everything that shapes the network. Defaults are Wan2.1-T2V-1.3B's.
+
+  Attributes:
+    dim: width. num_heads must divide it.
+    ffn_dim: width of the feed-forward.
+    num_heads: attention heads.
+    num_layers: blocks.
+    patch: pixels (latents) a token spans in height and width.
+    channels: channels of a frame, in and out.
+    text: "embeddings" (made beforehand), "bytes" (small trained conditioner)
+      or "none" (no cross-attention at all).
+    text_dim: width of the text vectors.
+    text_tokens: text vectors that the byte conditioner makes.
+    freq_dim: sinusoids of the timestep.
+    chunk_frames: latent frames in a chunk, the autoregressive unit.
+    window: chunks of history a chunk sees; None sees all.
+    sink: first chunks that stay in sight beyond the window.
+    prediction: "v" or "x0" (v is then (x - x0) / max(t, min_t)).
+    min_t: where the x0 form stops dividing.
+    spatial_embedding: (rows, columns) of a learned embedding, or None. Rotary
+      positions alone are relative; a small model learns walls sooner with it.
+    gate_init: value that gates start from, in addition to Wan's noise.
+    rope_theta: base of the rotary frequencies.
+    eps: of every norm.
+    remat: "none" or "block" (recompute each block in the backward pass).
+    scan_unroll: layers unrolled per scan iteration; all of them is fastest
+      where a layer is so small that the loop's bookkeeping shows.
+    dtype: compute dtype; parameters and norms are float32.
+  """
+
+  dim: int = 1536
+  ffn_dim: int = 8960
+  num_heads: int = 12
+  num_layers: int = 30
+  patch: int = 2
+  channels: int = 16
+  text: str = "embeddings"
+  text_dim: int = 4096
+  text_tokens: int = 8
+  freq_dim: int = 256
+  chunk_frames: int = 3
+  window: int | None = None
+  sink: int = 0
+  prediction: str = "v"
+  min_t: float = 0.05
+  spatial_embedding: tuple[int, int] | None = None
+  gate_init: float = 0.0
+  rope_theta: float = 10_000.0
+  eps: float = 1e-6
+  remat: str = "block"
+  scan_unroll: int = 1
+  dtype: str = "float32"
+
+  def __post_init__(self):
+    if self.dim % self.num_heads:
+      raise UserError(
+        f"model.dim {self.dim} is not divisible by model.num_heads"
+        f" {self.num_heads}"
+      )
+    rope.axis_dims(self.head_dim)
+    for field, allowed in (
+      ("prediction", ("v", "x0")),
+      ("text", ("embeddings", "bytes", "none")),
+      ("remat", ("none", "block")),
+      ("dtype", ("float32", "bfloat16")),
+    ):
+      if getattr(self, field) not in allowed:
+        raise UserError(
+          f"model.{field} {getattr(self, field)!r} is not one of"
+          f" {', '.join(allowed)}"
+        )
+    if self.sink and self.window is None:
+      raise UserError(
+        "model.sink needs model.window: without a window every chunk stays"
+        " in sight anyway"
+      )
+    if self.window is not None:
+      masks.Window(self.window, self.sink)
+
+  @property
+  def head_dim(self) -> int:
+    return self.dim // self.num_heads
+
+  def grid(self, height: int, width: int) -> tuple[int, int]:
+    """Tokens along height and width.
+
+    Raises:
+      UserError: a frame that patches do not tile.
+    """
+    if height % self.patch or width % self.patch:
+      raise UserError(
+        f"frames of {height}x{width} are not divisible by model.patch"
+        f" {self.patch}; change data.height and data.width"
+      )
+    return height // self.patch, width // self.patch
+
+
+def _gate_noise(gate: float, rows: tuple[int, ...]):
+  """Wan's modulation init, with `gate` added to the rows that are gates."""
+
+  def init(key, shape, dtype=jnp.float32):
+    table = jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5
+    return table.at[..., list(rows), :].add(gate) if rows else table
+
+  return init
+
+
+def _heads(x: Float[Array, "b s c"], heads: int) -> Float[Array, "b s a d"]:
+  return x.reshape(*x.shape[:-1], heads, -1)
+
+
+def _modulate(x, shift, scale, cfg):
+  y = layers.layer_norm(x, cfg.eps) * (1 + scale) + shift
+  return y.astype(cfg.dtype)
+
+
+class Block(nn.Module):
+  """One transformer block, cut where attention happens.
+
+  `qkv` and `finish` are what stands before and after self-attention, so that
+  both faces share them; `__call__` joins them under the parallel mask.
+
+  Attributes:
+    cfg: the network's config.
+    mask: the pass's mask; None where only `qkv` and `finish` are used.
+    streams: streams along the tokens, 1 or 2.
+  """
+
+  cfg: DiTConfig
+  mask: Any = None
+  streams: int = 1
+
+  def setup(self):
+    c = self.cfg
+    square = functools.partial(layers.dense, c.dim, dtype=c.dtype)
+    norm = functools.partial(layers.RMSNorm, c.eps, c.dtype)
+    into, out_of = ("embed", "heads"), ("heads", "embed")
+    self.q, self.k, self.v = (square(axes=into) for _ in range(3))
+    self.o = square(axes=out_of)
+    self.norm_q, self.norm_k = norm(), norm()
+    if c.text != "none":
+      self.cross_norm = nn.LayerNorm(
+        epsilon=c.eps,
+        dtype=jnp.float32,
+        scale_init=nn.with_logical_partitioning(
+          nn.initializers.ones, ("embed",)
+        ),
+        bias_init=nn.with_logical_partitioning(
+          nn.initializers.zeros, ("embed",)
+        ),
+      )
+      self.cross_q, self.cross_k, self.cross_v = (
+        square(axes=into) for _ in range(3)
+      )
+      self.cross_o = square(axes=out_of)
+      self.cross_norm_q, self.cross_norm_k = norm(), norm()
+    self.ffn = layers.MLP(
+      c.ffn_dim, c.dim, layers.gelu_tanh, ("embed", "mlp", "embed"), c.dtype
+    )
+    self.modulation = self.param(
+      "modulation",
+      nn.with_logical_partitioning(
+        _gate_noise(c.gate_init, (2, 5)), (None, "embed")
+      ),
+      (6, c.dim),
+    )
+
+  def _parts(self, e: Float[Array, "b n 6 c"]):
+    """Shift, scale, gate (attention), shift, scale, gate (ffn), float32."""
+    table = e.astype(jnp.float32) + self.modulation
+    return [table[:, :, None, i] for i in range(6)]
+
+  def qkv(self, x: Float[Array, "b n s c"], e: Float[Array, "b n 6 c"]):
+    """Queries, keys and values [b n*s a d], before rotation."""
+    shift, scale, *_ = self._parts(e)
+    y = _modulate(x, shift, scale, self.cfg)
+    y = y.reshape(y.shape[0], -1, y.shape[-1])
+    split = lambda z: _heads(z, self.cfg.num_heads)
+    q, k = self.norm_q(self.q(y)), self.norm_k(self.k(y))
+    return split(q), split(k), split(self.v(y))
+
+  def finish(
+    self,
+    x: Float[Array, "b n s c"],
+    e: Float[Array, "b n 6 c"],
+    attended: Float[Array, "b k a d"],
+    text: Float[Array, "b m c"] | None,
+  ) -> Float[Array, "b n s c"]:
+    """Everything after self-attention; the residual stream stays float32."""
+    _, _, gate, shift, scale, gate_ffn = self._parts(e)
+    y = self.o(attended.reshape(*attended.shape[:2], -1)).reshape(x.shape)
+    x = x + y.astype(jnp.float32) * gate
+    if text is not None:
+      x = x + self._cross(x, text).astype(jnp.float32)
+    y = self.ffn(_modulate(x, shift, scale, self.cfg))
+    return x + y.astype(jnp.float32) * gate_ffn
+
+  def _cross(self, x, text):
+    heads = self.cfg.num_heads
+    y = self.cross_norm(x).astype(self.cfg.dtype)
+    y = y.reshape(y.shape[0], -1, y.shape[-1])
+    q = _heads(self.cross_norm_q(self.cross_q(y)), heads)
+    k = _heads(self.cross_norm_k(self.cross_k(text)), heads)
+    out, _ = attention.reference(q, k, _heads(self.cross_v(text), heads))
+    return self.cross_o(out.reshape(y.shape)).reshape(x.shape)
+
+  def __call__(self, x, kv, e, text, angles, sink_angles):
+    """Parallel self-attention of all streams; a nn.scan body.
+
+    With `kv`, the keys and values [b n*s a d] of a history that a rollout
+    already made, `x` is the noisy stream alone.
+    """
+    q, k, v = self.qkv(x, e)
+    streams = self.streams if kv is None else self.streams - 1
+    turn = lambda z, by: rope.rotate(z, jnp.tile(by, (streams, 1)))
+    k = turn(k, angles)
+    if kv is not None:
+      k = jnp.concatenate([kv[0].astype(k.dtype), k], 1)
+      v = jnp.concatenate([kv[1].astype(v.dtype), v], 1)
+    tokens = x.shape[2]
+    table = masks.chunk_table(self.mask, x.shape[1] // streams, self.streams)
+    see = masks.dense(table[-x.shape[1] :], tokens, tokens)
+    split = self.cfg.sink * tokens
+    out = attention.reference(
+      turn(q, angles), k[:, split:], v[:, split:], see[:, split:]
+    )
+    if split:
+      to_sink = attention.reference(
+        turn(q, sink_angles), k[:, :split], v[:, :split], see[:, :split]
+      )
+      out = attention.merge(out, to_sink)
+    return self.finish(x, e, out[0], text), None
+
+
+class CausalDiT(nn.Module):
+  """The network; see the module docstring.
+
+  Attributes:
+    cfg: its shape.
+    history: whether a history stream stands before the noisy one. The
+      parameters are the same either way.
+  """
+
+  cfg: DiTConfig
+  history: bool = False
+
+  def setup(self):
+    c = self.cfg
+    normal = nn.initializers.normal(0.02)
+    embed = functools.partial(
+      layers.MLP, c.dim, c.dim, dtype=c.dtype, kernel_init=normal
+    )
+    self.patch_embedding = layers.dense(c.dim, (None, "embed"), c.dtype)
+    if c.text == "bytes":
+      self.conditioner = text_lib.ByteConditioner(
+        c.text_dim, c.text_tokens, c.dtype
+      )
+    if c.text != "none":
+      self.text_embedding = embed(
+        activation=layers.gelu_tanh, axes=(None, None, "embed")
+      )
+    # The timestep's path stays float32: see layers.sinusoid.
+    self.time_embedding = layers.MLP(
+      c.dim, c.dim, nn.silu, (None, "heads", "embed"), "float32", normal
+    )
+    self.time_projection = layers.dense(
+      6 * c.dim, ("embed", None), "float32"
+    )
+    self.blocks = self._stack()
+    self.head = layers.dense(
+      c.patch**2 * c.channels, ("embed", None), c.dtype,
+      nn.initializers.zeros,
+    )
+    self.head_modulation = self.param(
+      "head_modulation",
+      nn.with_logical_partitioning(_gate_noise(0.0, ()), (None, "embed")),
+      (2, c.dim),
+    )
+    if c.spatial_embedding:
+      rows, columns = c.spatial_embedding
+      self.places = self.param(
+        "spatial_embedding",
+        nn.with_logical_partitioning(
+          nn.initializers.normal(0.5), (None, "embed")
+        ),
+        (rows * columns, c.dim),
+      )
+
+  def _stack(self):
+    c = self.cfg
+    block = nn.remat(Block, prevent_cse=False) if c.remat == "block" else Block
+    stack = nn.scan(
+      block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=(0,) + (nn.broadcast,) * 4,
+      length=c.num_layers,
+      unroll=c.scan_unroll,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    streams = 2 if self.history else 1
+    return stack(c, masks.history_mask(streams, c.window, c.sink), streams)
+
+  def embed(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b n s c"]:
+    """Patches to tokens, chunk by chunk, float32."""
+    b, f, h, w, ch = x.shape
+    p = self.cfg.patch
+    rows, columns = self.cfg.grid(h, w)
+    x = x.reshape(b, f, rows, p, columns, p, ch).transpose(0, 1, 2, 4, 3, 5, 6)
+    x = self.patch_embedding(x.reshape(b, f, rows * columns, -1))
+    x = x.astype(jnp.float32)
+    if self.cfg.spatial_embedding:
+      if self.cfg.spatial_embedding != (rows, columns):
+        raise UserError(
+          f"model.spatial_embedding {self.cfg.spatial_embedding} does not fit"
+          f" frames of {rows}x{columns} tokens"
+        )
+      x = x + self.places
+    frames = self.cfg.chunk_frames
+    return x.reshape(b, f // frames, frames * rows * columns, -1)
+
+  def condition(self, t: Float[Array, "b n"], text: Text):
+    """(e, modulation e0 [b n 6 c], text context [b m c] or None)."""
+    c = self.cfg
+    e = self.time_embedding(layers.sinusoid(t, c.freq_dim))
+    e0 = self.time_projection(nn.silu(e)).reshape(*e.shape[:-1], 6, c.dim)
+    if c.text == "none":
+      return e, e0, None
+    if c.text == "bytes":
+      text = self.conditioner(text)
+    return e, e0, self.text_embedding(text.astype(c.dtype))
+
+  def predict(
+    self, tokens: Float[Array, "b n s c"], e, x, t
+  ) -> Float[Array, "b f h w c"]:
+    """Tokens to the velocity of x_t."""
+    c = self.cfg
+    table = e[:, :, None].astype(jnp.float32) + self.head_modulation
+    out = self.head(
+      _modulate(tokens, table[:, :, :1], table[:, :, 1:], c)
+    ).astype(jnp.float32)
+    b, f, h, w, ch = x.shape
+    rows, columns = c.grid(h, w)
+    out = out.reshape(b, f, rows, columns, c.patch, c.patch, ch)
+    out = out.transpose(0, 1, 2, 4, 3, 5, 6).reshape(x.shape)
+    if c.prediction == "v":
+      return out
+    t = jnp.repeat(t, c.chunk_frames, 1)[..., None, None, None]
+    return (x - out) / jnp.maximum(t, c.min_t)
+
+  def __call__(self, x, t, text, history: History | None = None):
+    """All chunks at once; velocities of the noisy stream."""
+    c = self.cfg
+    e, e0, context = self.condition(t, text)
+    tokens, kv, chunks = self.embed(x), None, t.shape[1]
+    e0_all = e0
+    if history is not None and history.cache is not None:
+      kv = (jnp.stack(history.cache.k), jnp.stack(history.cache.v))
+    elif history is not None:
+      _, e0_history, _ = self.condition(history.t, text)
+      tokens = jnp.concatenate([self.embed(history.x), tokens], 1)
+      e0_all = jnp.concatenate([e0_history, e0], 1)
+    frames = jnp.arange(x.shape[1])
+    angles, sink_angles = self.angles(x, frames // c.chunk_frames, frames)
+    tokens, _ = self.blocks(tokens, kv, e0_all, context, angles, sink_angles)
+    return self.predict(tokens[:, -chunks:], e, x, t)
+
+  def angles(self, x, chunk, frames):
+    """Rotary angles, and those of queries to sink keys.
+
+    A sink slides along with the window: the distance to it never exceeds
+    sink + window chunks, which training has seen.
+    """
+    c = self.cfg
+    grid = functools.partial(
+      rope.grid_angles,
+      height=x.shape[2] // c.patch,
+      width=x.shape[3] // c.patch,
+      head_dim=c.head_dim,
+      theta=c.rope_theta,
+    )
+    if not c.sink:
+      return grid(frames), None
+    far = jnp.maximum(chunk - (c.sink + c.window), 0) * c.chunk_frames
+    return grid(frames), grid(frames - far)
+
+
+def _cached(
+  cfg: DiTConfig,
+  params: Params,
+  x: Float[Array, "b f h w c"],
+  t: Float[Array, "b"],
+  text: Text,
+  cache: "Cache",
+  chunk: Array,
+) -> tuple[Float[Array, "b f h w c"], "Cache"]:
+  """One chunk against the cache: the second face of the same weights."""
+  model = CausalDiT(cfg)
+  call = functools.partial(model.apply, {"params": params})
+  t = t[:, None]
+  e, e0, context = call(t, text, method="condition")
+  tokens = call(x, method="embed")
+  frames = chunk * cfg.chunk_frames + jnp.arange(cfg.chunk_frames)
+  angles, sink_angles = call(
+    x, frames // cfg.chunk_frames, frames, method="angles"
+  )
+  layout = cache.layout
+  slot, see = layout.slot(chunk), layout.visible(chunk)
+  see = jnp.repeat(see, tokens.shape[2])[None]
+  split = layout.sink * tokens.shape[2]
+  keys, values = list(cache.kv.k), list(cache.kv.v)
+  for l in range(cfg.num_layers):
+    weights = {"params": jax.tree.map(lambda w: w[l], params["blocks"])}
+    block = functools.partial(Block(cfg).apply, weights)
+    q, k, v = block(tokens, e0, method="qkv")
+    keys[l] = kv_cache.write(keys[l], rope.rotate(k, angles), slot)
+    values[l] = kv_cache.write(values[l], v, slot)
+    out = attention.reference(
+      rope.rotate(q, angles), keys[l][:, split:], values[l][:, split:],
+      see[:, split:],
+    )
+    if split:
+      to_sink = attention.reference(
+        rope.rotate(q, sink_angles), keys[l][:, :split], values[l][:, :split],
+        see[:, :split],
+      )
+      out = attention.merge(out, to_sink)
+    tokens = block(tokens, e0, out[0], context, method="finish")
+  v = call(tokens, e, x, t, method="predict")
+  kv = kv_cache.KVCache(tuple(keys), tuple(values))
+  return v, dataclasses.replace(cache, kv=kv)
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["kv"],
+  meta_fields=["layout"],
+)
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """A KV cache and, as static data, where chunks live in it."""
+
+  kv: kv_cache.KVCache
+  layout: kv_cache.Layout
+
+  @property
+  def k(self):
+    return self.kv.k
+
+  @property
+  def v(self):
+    return self.kv.v
+
+
+def make_denoiser(cfg: DiTConfig) -> Denoiser:
+  """The two faces of a CausalDiT."""
+
+  def parallel(params, x, t, text, history=None):
+    model = CausalDiT(cfg, history is not None)
+    return model.apply({"params": params}, x, t, text, history)
+
+  def init_cache(x, chunks, keep_all=False):
+    """An empty cache; `x` [b f h w c] is a chunk, or has its shape."""
+    rows, columns = cfg.grid(x.shape[2], x.shape[3])
+    layout = kv_cache.layout(chunks, cfg.window, cfg.sink, keep_all)
+    tokens = layout.slots * cfg.chunk_frames * rows * columns
+    shape = (x.shape[0], tokens, cfg.num_heads, cfg.head_dim)
+    return Cache(kv_cache.init(cfg.num_layers, shape, cfg.dtype), layout)
+
+  return Denoiser(
+    parallel, functools.partial(_cached, cfg), init_cache, cfg.chunk_frames
+  )
+
+
+def init(cfg: DiTConfig, key: Array, x, text) -> Params:
+  """Parameters, boxed with their logical axes (`flax.linen.meta`).
+
+  Args:
+    cfg: the network.
+    key: a PRNG key.
+    x: a batch of videos [b f h w c], or its shape.
+    text: its text.
+  """
+  x = jnp.zeros(x.shape)
+  t = jnp.zeros((x.shape[0], x.shape[1] // cfg.chunk_frames))
+  text = jnp.zeros(text.shape, text.dtype)
+  return CausalDiT(cfg).init(key, x, t, text)["params"]
+
+
+def abstract_params(cfg: DiTConfig, x, text) -> Params:
+  """Shapes and types of the parameters, on one device, nothing allocated."""
+  boxed = jax.eval_shape(
+    lambda key: init(cfg, key, x, text), jax.random.key(0)
+  )
+  return nn.meta.unbox(boxed)

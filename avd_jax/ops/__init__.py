@@ -1,0 +1,1 @@
+"""Arrays to arrays: masks, attention, rotary angles, the KV cache."""

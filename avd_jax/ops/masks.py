@@ -1,0 +1,123 @@
+"""Which chunk sees which: structured attention masks.
+
+A mask is a small frozen object, a predicate on (stream, chunk) of a query and
+of a key, and masks compose with `&`. Nothing of size [tokens, tokens] exists
+until someone asks for it: `chunk_table` gives booleans per pair of *chunks*,
+which is what an implementation plans with, and `dense` the token-level mask
+that only the plain reference uses.
+
+Streams: a training pass runs two, history (clean, stream 0) and noisy
+(stream 1), laid out as [history | noisy] along the tokens; a diffusion-forcing
+pass runs one (stream 0).
+"""
+
+import dataclasses
+from typing import Protocol
+
+import numpy as np
+
+from avd_jax.errors import UserError
+
+HISTORY, NOISY = 0, 1
+
+
+class Mask(Protocol):
+  """A predicate on chunks; arrays broadcast."""
+
+  def visible(
+    self,
+    q_stream: np.ndarray,
+    q_chunk: np.ndarray,
+    k_stream: np.ndarray,
+    k_chunk: np.ndarray,
+  ) -> np.ndarray: ...
+
+
+class _Composable:
+  def __and__(self, other: Mask) -> "Both":
+    return Both(self, other)
+
+
+@dataclasses.dataclass(frozen=True)
+class Both(_Composable):
+  """Visible under both masks."""
+
+  first: Mask
+  second: Mask
+
+  def visible(self, *args):
+    return self.first.visible(*args) & self.second.visible(*args)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockCausal(_Composable):
+  """One stream: chunk i sees chunks <= i, itself in both directions."""
+
+  def visible(self, q_stream, q_chunk, k_stream, k_chunk):
+    return (k_chunk <= q_chunk) & (q_stream == k_stream)
+
+
+@dataclasses.dataclass(frozen=True)
+class HistoryNoisy(_Composable):
+  """Two streams, the teacher-forcing mask.
+
+  History chunk i sees history chunks <= i. Noisy chunk i sees itself and
+  history chunks < i: never its own history copy, another noisy chunk, or
+  anything later. [RF Fig. 3c]
+  """
+
+  def visible(self, q_stream, q_chunk, k_stream, k_chunk):
+    to_history = k_stream == HISTORY
+    from_history = q_stream == HISTORY
+    history = to_history & np.where(
+      from_history, k_chunk <= q_chunk, k_chunk < q_chunk
+    )
+    own = ~from_history & ~to_history & (k_chunk == q_chunk)
+    return history | own
+
+
+@dataclasses.dataclass(frozen=True)
+class Window(_Composable):
+  """The `size` chunks before one's own, and the first `sink` chunks always.
+
+  Attributes:
+    size: chunks of history that a query reaches back; at least 1.
+    sink: first chunks of the video that never leave sight.
+
+  Raises:
+    UserError: a size below 1 or a sink below 0.
+  """
+
+  size: int
+  sink: int = 0
+
+  def __post_init__(self):
+    if self.size < 1 or self.sink < 0:
+      raise UserError(
+        f"attention window {self.size} with sink {self.sink}: the window must"
+        " be at least 1 chunk and the sink at least 0"
+      )
+
+  def visible(self, q_stream, q_chunk, k_stream, k_chunk):
+    del q_stream, k_stream
+    return (q_chunk - k_chunk <= self.size) | (k_chunk < self.sink)
+
+
+def history_mask(streams: int, window: int | None, sink: int) -> Mask:
+  """The mask of a pass over one or two streams, windowed where asked."""
+  mask = HistoryNoisy() if streams == 2 else BlockCausal()
+  return mask if window is None else mask & Window(window, sink)
+
+
+def chunk_table(mask: Mask, num_chunks: int, streams: int) -> np.ndarray:
+  """Booleans [streams * n, streams * n]: row chunk sees column chunk."""
+  stream = np.repeat(np.arange(streams), num_chunks)
+  chunk = np.tile(np.arange(num_chunks), streams)
+  return mask.visible(
+    stream[:, None], chunk[:, None], stream[None, :], chunk[None, :]
+  )
+
+
+def dense(table: np.ndarray, q_tokens: int, k_tokens: int) -> np.ndarray:
+  """A table of chunks spread to tokens, [q chunks * q_tokens, k ...]."""
+  return np.repeat(np.repeat(table, q_tokens, 0), k_tokens, 1)

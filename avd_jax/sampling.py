@@ -1,0 +1,167 @@
+"""Sampling: fillings of the one rollout, in segments, with progress.
+
+A rollout of any length runs as equal segments of one compiled program: given
+chunks are prefilled, then each call makes `segment` chunks and hands the cache
+on. What a chunk looks like does not depend on how a video was cut in segments:
+its noise belongs to its absolute index.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from avd_jax import checkpoint
+from avd_jax import config as config_lib
+from avd_jax.data.pipeline import DataConfig
+from avd_jax.diffusion import guidance, rollout, solvers
+from avd_jax.errors import UserError
+from avd_jax.models import dit
+from avd_jax.typing import Denoiser, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """A trained model, ready to continue videos.
+
+  Attributes:
+    config: the run's.
+    params: its weights.
+  """
+
+  config: ConfigDict
+  params: Params
+
+  @functools.cached_property
+  def model(self) -> dit.DiTConfig:
+    return config_lib.typed(dit.DiTConfig, self.config.model)
+
+  @functools.cached_property
+  def _denoiser(self) -> Denoiser:
+    denoiser, scale = dit.make_denoiser(self.model), self.config.sampling.guidance
+    if scale == 1.0 or self.model.text == "none":
+      return denoiser
+    null = jnp.zeros((self.config.data.text_length,), jnp.int32)
+    return guidance.classifier_free(denoiser, scale, null)
+
+  @functools.cached_property
+  def _prefill(self):
+    return jax.jit(
+      functools.partial(rollout.prefill, self._denoiser), donate_argnums=3
+    )
+
+  @functools.cached_property
+  def _segment(self):
+    options, frames = self.config.sampling, self.model.chunk_frames
+
+    def make(params, text, cache, key, first, shape, chunks):
+      keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(
+        first + jnp.arange(chunks)
+      )
+      b, _, *space = shape
+      noise = jax.vmap(
+        lambda k: jax.random.normal(k, (b, frames, *space))
+      )(keys)
+      return rollout.rollout(
+        self._denoiser,
+        params,
+        rollout.join_chunks(noise),
+        jnp.ones((b, chunks)),
+        text,
+        cache,
+        grid=solvers.time_grid(options.steps, options.shift),
+        solver=options.solver,
+        first_chunk=first,
+      )
+
+    return jax.jit(make, static_argnums=(5, 6), donate_argnums=2)
+
+  def stream(
+    self,
+    given: np.ndarray,
+    text: np.ndarray,
+    frames: int,
+    seed: int = 0,
+  ) -> Iterator[np.ndarray]:
+    """Yields the frames made, a segment at a time.
+
+    Args:
+      given: first frames [b g h w c], whole chunks of them; g may be 0.
+      text: int32 [b m].
+      frames: length of the whole video, given frames included.
+      seed: of the noise.
+
+    Raises:
+      UserError: frames that are not whole chunks, or nothing to make.
+    """
+    size = self.model.chunk_frames
+    if given.shape[1] % size or frames % size:
+      raise UserError(
+        f"{given.shape[1]} given frames and {frames} in all must be whole"
+        f" chunks of {size} frames"
+      )
+    done, total = given.shape[1] // size, frames // size
+    if done >= total:
+      raise UserError(
+        f"{frames} frames are asked for and {given.shape[1]} are given:"
+        " nothing is left to make"
+      )
+    shape = (given.shape[0], size, *given.shape[2:])
+    segment = min(self.config.sampling.segment, total - done)
+    # A whole number of segments: the last one may run past the end, unseen.
+    room = done + -(-(total - done) // segment) * segment
+    like = jax.ShapeDtypeStruct(shape, jnp.float32)
+    cache = self._denoiser.init_cache(like, room)
+    if done:
+      cache = self._prefill(self.params, jnp.asarray(given), text, cache)
+    key = jax.random.key(seed)
+    while done < total:
+      made, cache = self._segment(
+        self.params, text, cache, key, jnp.int32(done), shape, segment
+      )
+      yield np.asarray(made)[:, : (total - done) * size]
+      done += segment
+
+  def extend(
+    self,
+    given: np.ndarray,
+    text: np.ndarray,
+    frames: int,
+    seed: int = 0,
+    on_frames: Callable[[int], Any] = lambda count: None,
+  ) -> np.ndarray:
+    """The whole video [b frames h w c]: the given frames and what follows.
+
+    Args and errors as `stream`; `on_frames` hears of every segment's length.
+    """
+    parts = [np.asarray(given, np.float32)]
+    for made in self.stream(given, text, frames, seed):
+      parts.append(made)
+      on_frames(made.shape[1])
+    return np.concatenate(parts, 1)
+
+
+def load(workdir: str | Path) -> Sampler:
+  """The newest EMA weights of a run, as a sampler.
+
+  Raises:
+    UserError: no such run, or a torn checkpoint.
+  """
+  checkpoints, step = checkpoint.open_existing(workdir)
+  try:
+    config = config_lib.from_json(checkpoints.record(step)["config"])
+    model = config_lib.typed(dit.DiTConfig, config.model)
+    data = config_lib.typed(DataConfig, config.data)
+    shape = (1, model.chunk_frames, data.height, data.width, model.channels)
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    text = jax.ShapeDtypeStruct((1, data.text_length), jnp.int32)
+    target = dit.abstract_params(model, x, text)
+    return Sampler(config, checkpoints.restore(step, {"ema": target})["ema"])
+  finally:
+    checkpoints.close()

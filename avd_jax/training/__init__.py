@@ -1,0 +1,1 @@
+"""Training: a pure step, the program around it, and the host loop."""

@@ -1,0 +1,241 @@
+"""The host's side of training: stages, batches, checkpoints, progress.
+
+Nothing here waits for the step just launched. A checkpoint holds everything
+that the next step depends on (weights, EMA, optimizer, step; the step is also
+the data's position and the key of the randomness), so that a run which was
+killed anywhere ends bit-equal to one that was not.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from avd_jax import checkpoint, parallel
+from avd_jax import config as config_lib
+from avd_jax.data import pipeline
+from avd_jax.errors import UserError
+from avd_jax.training.metrics import Writer
+from avd_jax.training.program import Program
+from avd_jax.training.state import TrainState
+from avd_jax.typing import Params
+
+AHEAD = 2  # steps that the host may be ahead of the device
+
+
+class Interrupted(Exception):
+  """Ctrl-C or a preemption signal: everything is saved, go on later."""
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[list[int]]:
+  """Turns SIGINT and SIGTERM into an entry of the yielded list.
+
+  A second signal acts as it always did. Outside the main thread, where
+  handlers cannot be set, nothing changes.
+  """
+  caught: list[int] = []
+  if threading.current_thread() is not threading.main_thread():
+    yield caught
+    return
+  old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+  def handle(number, frame):
+    del frame
+    caught.append(number)
+    signal.signal(number, old[number])
+
+  for number in old:
+    signal.signal(number, handle)
+  try:
+    yield caught
+  finally:
+    for number, handler in old.items():
+      signal.signal(number, handler)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+  """A stage's place in the run: steps [first, last)."""
+
+  name: str
+  first: int
+  last: int
+
+
+def stretches(config: ConfigDict) -> list[Stretch]:
+  """The stages of a run, in order."""
+  out, first = [], 0
+  for name in config.stages:
+    out.append(Stretch(name, first, first + config.stage[name].steps))
+    first = out[-1].last
+  return out
+
+
+def train(
+  config: ConfigDict, workdir: str | Path, mesh: Mesh, progress: bool = True
+) -> TrainState:
+  """Runs a config to its end in `workdir`, resuming what is there.
+
+  Args:
+    config: the run.
+    workdir: checkpoints, metrics and config.json go here.
+    mesh: what to run on.
+    progress: show a bar (on process 0).
+
+  Returns:
+    The final state.
+
+  Raises:
+    UserError: a workdir made with another config, a batch that the mesh does
+      not divide, data that cannot be read, a torn checkpoint.
+    Interrupted: after a signal, once everything is saved.
+  """
+  workdir = Path(workdir)
+  config_lib.check(config)
+  parallel.check_batch(
+    config.data.batch_size, config.optimizer.accumulation, mesh
+  )
+  data = config_lib.typed(pipeline.DataConfig, config.data)
+  _claim(workdir, config)
+  checkpoints = checkpoint.Checkpoints(workdir, config.log.keep)
+  try:
+    program = Program(config, mesh)
+    step = checkpoints.latest() or 0
+    plan = stretches(config)
+    if step:
+      items = program.abstract_state()._asdict()
+      state = TrainState(**checkpoints.restore(step, items))
+    else:
+      given = initial_weights(config, program)
+      source = pipeline.make_source(data)  # wrong data: before any compute
+      state = program.begin_stage(program.init(), plan[0].name, given)
+    if step < plan[-1].last:
+      if step:
+        source = pipeline.make_source(data)
+      run = _Run(program, workdir, checkpoints, progress)
+      state = run.run(state, step, plan, data, source)
+    return state
+  finally:
+    checkpoints.close()
+
+
+def _claim(workdir: Path, config: ConfigDict) -> None:
+  """Writes config.json, or refuses a workdir that another config made."""
+  path = workdir / "config.json"
+  values = config_lib.to_json(config)
+  if path.exists():
+    changed = config_lib.differences(checkpoint.read_json(path), values)
+    if changed:
+      raise UserError(
+        f"{workdir} was made with another config ({'; '.join(changed[:5])});"
+        " use another --workdir, or the same values"
+      )
+  if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(values, indent=2) + "\n")
+    part.replace(path)
+
+
+def initial_weights(config: ConfigDict, program: Program) -> Params | None:
+  """The EMA weights that `init_from` names, or None.
+
+  Raises:
+    UserError: no such run, or a model of another shape.
+  """
+  if not config.init_from:
+    return None
+  checkpoints, step = checkpoint.open_existing(config.init_from)
+  with contextlib.closing(checkpoints):
+    theirs = checkpoints.record(step)["config"]["model"]
+    ours = config_lib.to_json(config)["model"]
+    changed = config_lib.differences(theirs, ours, "model.")
+    if changed:
+      raise UserError(
+        f"init_from {config.init_from} holds another model"
+        f" ({'; '.join(changed[:5])})"
+      )
+    target = program.abstract_state().ema
+    return checkpoints.restore(step, {"ema": target})["ema"]
+
+
+@dataclasses.dataclass
+class _Run:
+  """One call of `train`, from some step on."""
+
+  program: Program
+  workdir: Path
+  checkpoints: checkpoint.Checkpoints
+  progress: bool
+
+  def run(self, state, step, plan, data, source) -> TrainState:
+    mesh, log = self.program.mesh, self.program.config.log
+    batches = pipeline.batches(
+      data, source, step, jax.process_index(), jax.process_count()
+    )
+    lead = jax.process_index() == 0
+    writer = Writer(self.workdir, log.every, step) if lead else None
+    try:
+      with interruptible() as caught:
+        for stretch in plan:
+          if step >= stretch.last:
+            continue
+          if step == stretch.first and step:
+            state = self.program.begin_stage(state, stretch.name)
+          launch = self.program.step(stretch.name)
+          flight: collections.deque[Any] = collections.deque()
+          with self._bar(stretch, step) as bar:
+            while step < stretch.last:
+              batch = parallel.put_batch(next(batches), mesh)
+              state, metrics = launch(state, batch)
+              step += 1
+              flight.append(metrics)
+              if len(flight) > AHEAD:
+                jax.block_until_ready(flight.popleft())
+              if writer:
+                writer.push(step, stretch.name, metrics)
+                if writer.latest:
+                  bar.set_postfix(
+                    loss=f"{writer.latest['loss']:.4f}", refresh=False
+                  )
+              bar.update()
+              if caught or step % log.checkpoint_every == 0:
+                self._save(step, state)
+              if caught:
+                self.checkpoints.wait()
+                raise Interrupted(
+                  f"stopped at step {step} of {plan[-1].last}, everything is"
+                  f" saved in {self.workdir}; the same command goes on"
+                )
+      self._save(step, state)
+      self.checkpoints.wait()
+    finally:
+      batches.close()
+      if writer:
+        writer.close()
+    return state
+
+  def _bar(self, stretch: Stretch, step: int) -> tqdm:
+    return tqdm(
+      desc=f"{self.workdir.name}: {stretch.name}",
+      total=stretch.last - stretch.first,
+      initial=step - stretch.first,
+      unit="step",
+      mininterval=0.5,
+      disable=not self.progress or jax.process_index() != 0,
+    )
+
+  def _save(self, step: int, state: TrainState) -> None:
+    record = {"step": step, "config": config_lib.to_json(self.program.config)}
+    self.checkpoints.save(step, state._asdict(), record)

@@ -1,0 +1,73 @@
+"""Metrics to TensorBoard and to metrics.jsonl, fetched late.
+
+Device scalars are only gathered here; they are read an interval later, when
+the steps that made them are long done, so that logging never makes the host
+wait for the device.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+
+
+class Writer:
+  """Averages metrics over intervals and writes a row for each.
+
+  Args:
+    workdir: rows go to workdir/metrics.jsonl, events to workdir/tensorboard.
+    every: steps in an interval.
+    step: steps already taken; rows past it (of a run that was cut off before
+      its next checkpoint) are removed.
+  """
+
+  def __init__(self, workdir: Path, every: int, step: int):
+    self._path = workdir / "metrics.jsonl"
+    self._every = every
+    self._gathered: list[dict[str, jax.Array]] = []
+    self._due: tuple[int, str, list[dict[str, jax.Array]]] | None = None
+    self._clock = (time.perf_counter(), step)
+    self.latest: dict[str, float] = {}
+    if self._path.exists():
+      rows = self._path.read_text().splitlines()
+      kept = [row for row in rows if json.loads(row)["step"] <= step]
+      self._path.write_text("".join(row + "\n" for row in kept))
+    self._board = tensorboardX.SummaryWriter(
+      str(workdir / "tensorboard"), purge_step=step + 1
+    )
+
+  def push(self, step: int, stage: str, metrics: dict[str, jax.Array]) -> None:
+    """Hands over the metrics of a step just launched."""
+    self._gathered.append(metrics)
+    if step % self._every == 0:
+      self._write()
+      self._due = (step, stage, self._gathered)
+      self._gathered = []
+
+  def _write(self) -> None:
+    if self._due is None:
+      return
+    step, stage, gathered = self._due
+    self._due = None
+    values = jax.device_get(gathered)
+    row: dict[str, Any] = {
+      name: float(np.mean([v[name] for v in values])) for name in values[0]
+    }
+    now = time.perf_counter()
+    then, before = self._clock
+    row["steps_per_second"] = (step - before) / max(now - then, 1e-9)
+    self._clock = (now, step)
+    self.latest = row
+    for name, value in row.items():
+      self._board.add_scalar(name, value, step)
+    with self._path.open("a") as file:
+      file.write(json.dumps({"step": step, "stage": stage} | row) + "\n")
+
+  def close(self) -> None:
+    """Writes what is due."""
+    self._write()
+    self._board.close()

@@ -1,0 +1,94 @@
+"""The glossary: dimension letters and the types that cross between rooms.
+
+Letters, as they stand in every jaxtyping signature:
+
+  b batch          f latent frames      n chunks         h w space
+  c channels       s tokens             q k query / key tokens
+  a heads          d head dim           m text tokens    l layers
+
+`t` is the noise level in [0, 1] (0 is clean, 1 is pure noise). The
+autoregressive unit is a **chunk** of `chunk_frames` latent frames, so that
+n = f / chunk_frames; the papers say "frame" for it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jaxtyping import Array, Float, Int, PyTree
+
+Params = PyTree
+Metrics = dict[str, jax.Array]
+# Token ids of a byte-level conditioner, or embeddings made beforehand.
+Text = Int[Array, "b m"] | Float[Array, "b m d"]
+
+
+class Batch(NamedTuple):
+  """What a training step eats.
+
+  Attributes:
+    x: clean videos or latents, [b f h w c]; pixels lie in [-1, 1].
+    text: int32 [b m] byte tokens (0 pads) or [b m d] embeddings.
+  """
+
+  x: Any
+  text: Any
+
+
+class History(NamedTuple):
+  """What chunk i is conditioned on: chunks before it, at their noise level.
+
+  Attributes:
+    x: [b f h w c], the chunks a model has (re-)made or was given.
+    t: [b n], the level the model is told; 0 says clean.
+    cache: keys and values of `x`, where a rollout already computed them. A
+      denoiser then runs the noisy stream alone against the cache.
+  """
+
+  x: Float[Array, "b f h w c"]
+  t: Float[Array, "b n"]
+  cache: Any = None
+
+
+class Denoiser(NamedTuple):
+  """Two faces of one velocity field v_theta over a tree of parameters.
+
+  Attributes:
+    parallel: `(params, x, t, text, history) -> v`. All chunks at once under
+      the training mask; `history=None` is the one-stream (block-causal) form.
+    cached: `(params, x, t, text, cache, chunk) -> (v, cache)`. One chunk
+      against the cache, whose slot for `chunk` it overwrites.
+    init_cache: `(batch, chunks, keep_all=False) -> cache`. Opaque to everyone
+      but models/ and ops/. `keep_all` holds every chunk even where the mask's
+      window would let a ring buffer forget.
+    chunk_frames: latent frames in a chunk.
+  """
+
+  parallel: Callable[..., jax.Array]
+  cached: Callable[..., tuple[jax.Array, Any]]
+  init_cache: Callable[..., Any]
+  chunk_frames: int
+
+
+class HistoryFn(Protocol):
+  """Makes the history a loss is conditioned on; see algorithms/histories."""
+
+  def __call__(
+    self, params: Params, x: jax.Array, text: Text, key: jax.Array
+  ) -> History: ...
+
+
+class LossFn(Protocol):
+  """`(params, batch, key) -> (loss, metrics)`.
+
+  `resampler` holds the weights that re-make the history where these are not
+  `params` (an EMA); None means `params`.
+  """
+
+  def __call__(
+    self,
+    params: Params,
+    batch: Batch,
+    key: jax.Array,
+    resampler: Params | None = None,
+  ) -> tuple[jax.Array, Metrics]: ...
