@@ -68,6 +68,8 @@ def default() -> ConfigDict:
         skip_chunks=0,  # first chunks without loss
       ),
       optimizer=dict(
+        name="adamw",  # or "muon", for the matrices inside blocks
+        muon_ratio=6.5,  # muon's learning rate over adam's
         b1=0.9, b2=0.99, weight_decay=0.01, clip_norm=1.0, ema=0.99,
         accumulation=1,
       ),
@@ -170,6 +172,7 @@ def check(config: ConfigDict) -> None:
       f" number of chunks of {model.chunk_frames}"
     )
   _one_of("loss.levels", config.loss.levels, ("logit_normal", "uniform"))
+  _one_of("optimizer.name", config.optimizer.name, ("adamw", "muon"))
   _one_of("sampling.solver", config.sampling.solver, tuple(SOLVERS))
   if set(config.mesh) != set(AXES):
     raise UserError(f"mesh has the axes {', '.join(AXES)}, no others")

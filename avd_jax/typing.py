@@ -5,6 +5,7 @@ Letters, as they stand in every jaxtyping signature:
   b batch          f latent frames      n chunks         h w space
   c channels       s tokens             q k query / key tokens
   a heads          d head dim           m text tokens    l layers
+  e model width
 
 `t` is the noise level in [0, 1] (0 is clean, 1 is pure noise). The
 autoregressive unit is a **chunk** of `chunk_frames` latent frames, so that
@@ -12,7 +13,7 @@ n = f / chunk_frames; the papers say "frame" for it.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, Int, PyTree
@@ -70,6 +71,7 @@ class Denoiser(NamedTuple):
   chunk_frames: int
 
 
+@runtime_checkable
 class HistoryFn(Protocol):
   """Makes the history a loss is conditioned on; see algorithms/histories."""
 
@@ -78,6 +80,7 @@ class HistoryFn(Protocol):
   ) -> History: ...
 
 
+@runtime_checkable
 class LossFn(Protocol):
   """`(params, batch, key) -> (loss, metrics)`.
 

@@ -19,3 +19,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--given", type=int, help="real first frames")
   parser.add_argument("--seed", type=int, help="of the held-out videos")
   parser.add_argument("--out", help="directory (default: workdir/evaluation)")
+
+
+def run(args: argparse.Namespace) -> None:
+  import json
+  from pathlib import Path
+
+  from avd_jax import config as config_lib
+  from avd_jax import sampling
+  from avd_jax.cli import devices
+  from avd_jax.data import video as video_lib
+  from avd_jax.evaluation import drift, report
+  from avd_jax.studies import rollouts
+
+  devices.start()
+  sampler = sampling.load(args.workdir)
+  config = sampler.config
+  for name in ("videos", "frames", "given", "seed"):
+    value = getattr(args, name)
+    if value is not None:
+      config.evaluation[name] = value
+  config_lib.check(config)
+  prompts = rollouts.held_out(config)
+  name = rollouts.label_of(args.workdir)
+  video = rollouts.roll_out(sampler, prompts, name)
+  metrics = rollouts.measure(video, prompts)
+  summary = rollouts.summarize(metrics, prompts)
+  out = Path(args.out or Path(args.workdir) / "evaluation")
+  videos = {"ground truth": prompts.truth.x, name: video}
+  if prompts.state is not None:
+    report.write_report(
+      out,
+      {name: summary},
+      {name: drift.curves([metrics])},
+      videos,
+      given=prompts.given,
+      train_frames=config.data.frames,
+      config=config_lib.to_json(config),
+      command=f"avd evaluate --workdir {args.workdir}",
+    )
+    print(report.format_table({name: summary}))
+  else:
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({name: summary}, indent=2)
+    (out / "drift.json").write_text(text + "\n")
+    film = report.comparison(videos, given=prompts.given)
+    for suffix in (".mp4", ".gif"):
+      video_lib.write_video(out / f"comparison{suffix}", film, fps=8)
+    print(text)
+  print(f"wrote {out}")

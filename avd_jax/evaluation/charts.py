@@ -45,7 +45,7 @@ PANELS = (
     "failed",
     "Failed frames",
     "% of videos",
-    "Share of videos whose frame is broken: the ball is gone or doubled, or the "
+    "Share of videos that have failed: the ball is gone or doubled, or the "
     "picture is nothing this world could show. Lower is better.",
     percent=True,
   ),
@@ -68,8 +68,8 @@ PANELS = (
     "psnr",
     "Agreement with the truth",
     "dB",
-    "PSNR against what really happened. It counts in the first few frames only: "
-    "later a ball may be right and yet elsewhere. Higher is better.",
+    "PSNR against what really happened. It counts in the first few frames "
+    "only: later a ball may be right and yet elsewhere. Higher is better.",
     floor=False,
   ),
 )
@@ -142,7 +142,9 @@ def draw(
     for axes, panel in zip(grid, panels, strict=False):
       _draw_panel(axes, panel, curves, given, train_frames, theme)
       if titles:
-        axes.set_title(panel.title, loc="left", fontsize=12, weight="bold")
+        axes.set_title(
+          panel.title, loc="left", fontsize=12, weight="bold", pad=18
+        )
     for axes in grid[len(panels) :]:
       axes.set_axis_off()
     file = io.BytesIO()
@@ -184,18 +186,20 @@ def _draw_panel(
   axes.set_xlim(0.5, frames * (1 + _NAME_ROOM))
   _name_lines(axes, frames, ends)
   _mark_frames(axes, given, train_frames, frames, theme)
-  axes.set_xlabel("frame", loc="left")
+  axes.set_xlabel("frame", x=0.5 / (1 + _NAME_ROOM), ha="center")
   axes.set_ylabel(panel.unit)
   axes.spines[["top", "right"]].set_visible(False)
   axes.spines["bottom"].set_bounds(0.5, frames)
-  axes.grid(axis="y", color=theme.faint, linewidth=0.6, alpha=0.7)
-  axes.set_axisbelow(True)
+  low, high = axes.get_ylim()
+  levels = [y for y in axes.get_yticks() if low <= y <= high]
+  axes.set_yticks(levels)
+  axes.hlines(levels, 0.5, frames, theme.faint, linewidth=0.6, zorder=0)
   axes.tick_params(length=0)
   axes.set_xticks([t for t in axes.get_xticks() if 0 < t <= frames])
 
 
 def _name_lines(axes: Axes, frames: int, ends: list[tuple[float, str, str]]):
-  """Writes names at the ends of the lines, moved apart where they would meet."""
+  """Writes names at the ends of lines, moved apart where they would meet."""
   low, high = axes.get_ylim()
   apart = 0.085 * (high - low)
   heights: list[float] = []
@@ -220,14 +224,17 @@ def _mark_frames(
 ):
   if given:
     axes.axvspan(0.5, given + 0.5, color=theme.faint, alpha=0.35, linewidth=0)
-  if given < train_frames < frames:
+  trained = given < train_frames < frames
+  if trained:
     axes.axvline(
       train_frames + 0.5, color=theme.ink, linewidth=1, linestyle=(0, (2, 3))
     )
+  # The two words need room beside each other; then the grey speaks for itself.
+  short = trained and train_frames < 0.1 * frames
   # Above the plot, so that no line runs through the words.
   for x, text, wanted in (
-    (0.5, "given", given > 0),
-    (train_frames + 0.5, "trained up to here", given < train_frames < frames),
+    (0.5, "given", given > 0 and not short),
+    (train_frames + 0.5, "trained up to here", trained),
   ):
     if wanted:
       axes.annotate(

@@ -103,7 +103,7 @@ def frame_metrics(
   """
   video, truth_video = np.asarray(video), np.asarray(truth_video)
   _check(video, truth_video, world_config)
-  finite = np.isfinite(video).all((2, 3, 4))
+  finite = np.all(np.isfinite(video), axis=(2, 3, 4))
   video = np.where(finite[..., None, None, None], video, 0).clip(-1, 1)
   b, f = video.shape[:2]
   balls = world_config.num_balls
@@ -224,11 +224,15 @@ def summarize(metrics: FrameMetrics, given: int) -> Summary:
 
 def aggregate(summaries: Sequence[Summary]) -> Summary:
   """Means over seeds, of the same keys; `range` holds [lowest, highest]."""
-  merged = _merge([{**s, "seeds": 1} for s in summaries], np.mean)
-  merged["seeds"] = len(summaries)
-  spread = _merge(summaries, lambda x: [float(np.min(x)), float(np.max(x))])
-  spread = {k: v for k, v in spread.items() if k not in ("seeds", "range")}
-  return {**merged, "range": spread}
+  plain = [
+    {k: v for k, v in s.items() if k not in ("seeds", "range")}
+    for s in summaries
+  ]
+  return {
+    **_merge(plain, lambda x: float(np.mean(x))),
+    "seeds": len(plain),
+    "range": _merge(plain, lambda x: [float(np.min(x)), float(np.max(x))]),
+  }
 
 
 def _merge(values: Sequence[Any], join) -> Any:
@@ -239,8 +243,7 @@ def _merge(values: Sequence[Any], join) -> Any:
     return {k: _merge([v[k] for v in values], join) for k in first}
   if isinstance(first, list):
     return [_merge(list(v), join) for v in zip(*values, strict=True)]
-  joined = join(values)
-  return joined if isinstance(joined, list) else float(joined)
+  return join(values)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -221,7 +221,7 @@ class _Search:
     if near is None:
       places, share = self.grid[None], self.grid_share.T
     else:
-      around = np.stack(np.mgrid[-1:2, -1:2], -1).reshape(-1, 2)
+      around = np.mgrid[-1:2, -1:2].reshape(2, -1).T
       around = np.float32(step * self.config.radius) * around
       places = np.clip(near[:, None] + around, self.low, self.high)
       share = coverage(self.config, places).swapaxes(1, 2)
@@ -318,5 +318,5 @@ def fit(
     # What the truth hides does not excuse a ball too many.
     search.closest = np.full_like(closest, _CLOSEST * config.radius)
     spare = error - search.place(balls, 0)[0]
-    blocks.append(Fit(background, drawn, *balls, spare))
+    blocks.append((background, drawn, *balls, spare))
   return Fit(*(np.concatenate(a) for a in zip(*blocks, strict=True)))

@@ -90,15 +90,16 @@ def intact(
   fitted = _differs(drawn, fit.drawn_background).sum(1)
   plausible = (area >= _AREA[0] * fitted) & (area <= _AREA[1] * fitted)
 
-  centre = np.stack(np.mgrid[: config.height, : config.width], -1) + 0.5
-  offset = fit.position[:, :, None] - centre.reshape(-1, 2).astype(np.float32)
+  centre = np.mgrid[: config.height, : config.width].reshape(2, -1).T + 0.5
+  offset = fit.position[:, :, None] - centre.astype(np.float32)
   # A pixel more than the ball reaches, so that a soft edge is not an object.
   apart = (np.linalg.norm(offset, axis=-1) > config.radius + 1.5).all(1)
   patches = (standing_out & apart).reshape(-1, config.height, config.width)
   # Joined within a frame, never from one frame to the next.
   joined = np.zeros((3, 3, 3), bool)
   joined[1] = True
-  labels, _ = ndimage.label(patches, joined)
+  labels = np.empty(patches.shape, np.int32)
+  ndimage.label(patches, joined, output=labels)
   large = np.bincount(labels.ravel()) >= _EXTRA * np.pi * config.radius**2
   large[0] = False
   patch = large[labels].any((1, 2))

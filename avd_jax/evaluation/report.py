@@ -1,8 +1,9 @@
 """What a comparison of methods leaves behind: numbers, charts, film, a page."""
 
+import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from avd_jax.evaluation import charts, page
 from avd_jax.evaluation.drift import HORIZONS, Summary
 
 # Panels of the film are enlarged to about this many pixels.
-_PANEL = 132
+_PANEL = 156
 
 
 class Row(NamedTuple):
@@ -99,7 +100,8 @@ def write_report(
     runs: summaries by method ("teacher_forcing"), in the order to show them;
       drift.json holds exactly these.
     curves: of the same methods, from `drift.curves`.
-    videos: columns of the film by name, [b f h w 3] in [-1, 1]; the truth first.
+    videos: columns of the film by name, [b f h w 3] in [-1, 1], the truth
+      first.
     given: frames at the start that were given, not generated.
     train_frames: length of the videos in training.
     config: what was run; anything JSON or str can print.
@@ -117,8 +119,8 @@ def write_report(
   methods = set(runs)
   if not methods or methods != set(curves) or not methods <= set(videos):
     raise UserError(
-      f"a report on {sorted(methods)} got curves of {sorted(curves)} and videos "
-      f"of {sorted(videos)}; give all three for every method"
+      f"a report on {sorted(methods)} got curves of {sorted(curves)} and "
+      f"videos of {sorted(videos)}; give all three for every method"
     )
   out = Path(out_dir)
   out.mkdir(parents=True, exist_ok=True)
@@ -126,8 +128,9 @@ def write_report(
   (out / "drift.json").write_text(text + "\n", encoding="utf-8")
 
   curves = {name: curves[name] for name in runs}
-  marks = {"given": given, "train_frames": train_frames}
-  png = charts.draw(curves, charts.PANELS, **marks)
+  png = charts.draw(
+    curves, charts.PANELS, given=given, train_frames=train_frames
+  )
   (out / "drift.png").write_bytes(png)
 
   film = comparison(videos, given=given, rows=rows)
@@ -138,17 +141,86 @@ def write_report(
   html = page.render(
     runs=runs,
     curves=curves,
+    findings=_findings(runs),
+    table=_table(runs),
     film=mp4.read_bytes(),
     film_size=film.shape[1:3],
     columns=[name.replace("_", " ") for name in videos],
     config=config or {},
     timings=timings or {},
     command=command,
-    **marks,
+    given=given,
+    train_frames=train_frames,
   )
   path = out / "report.html"
   path.write_text(html, encoding="utf-8")
   return path
+
+
+def _findings(runs: Mapping[str, Summary]) -> list[page.Finding]:
+  """What a reader should see first: what is gained, and what it costs."""
+
+  def values(value):
+    return {name: value(m) for name, m in runs.items()}
+
+  return [
+    page.Finding(
+      "Failed frames at the end",
+      "Last third of the video: broken, or its objects are lost or doubled.",
+      values(lambda m: f"{100 * m['failed'][2]:.0f} %"),
+    ),
+    page.Finding(
+      "Quality lost on the way",
+      "Drift: quality of the first fifth less that of the whole. 0 is none.",
+      values(lambda m: f"{m['delta_db']:.1f} dB"),
+    ),
+    page.Finding(
+      "Background error at the end",
+      "Last third: RGB distance from the true colour.",
+      values(lambda m: f"{m['background_error'][2]:.3f}"),
+    ),
+    page.Finding(
+      "Agreement at the start",
+      "PSNR of the first frame made; more is better. The price shows here.",
+      values(lambda m: f"{m['psnr_at']['1']:.1f} dB"),
+    ),
+  ]
+
+
+def _table(runs: Mapping[str, Summary]) -> page.Table:
+  def best(values: Mapping[str, float], better: str) -> str | None:
+    if not better or len(values) < 2 or len(set(values.values())) == 1:
+      return None
+    pick = min if better == "lower" else max
+    return pick(values, key=lambda name: values[name])
+
+  def texts(m: Summary, key: str, show: Callable[[float], str]) -> list[str]:
+    """Prints a number or thirds, the range over seeds below where known."""
+    as_list = lambda x: x if isinstance(x, list) else [x]
+    printed = [show(v) for v in as_list(m[key])]
+    if m["seeds"] == 1 or "range" not in m:
+      return printed
+    spans = m["range"][key] if isinstance(m[key], list) else [m["range"][key]]
+    notes = (f"{show(low)} to {show(high)}" for low, high in spans)
+    return [f"{p}\n{note}" for p, note in zip(printed, notes, strict=True)]
+
+  signed = lambda v: f"{v:+.2f}"
+  drift = {name: m["delta_db"] for name, m in runs.items()}
+  cells = {name: texts(m, "delta_db", signed) for name, m in runs.items()}
+  rows = [("drift (dB)", "lower", cells, best(drift, "lower"))]
+  for row in ROWS:
+    show = functools.partial(format_value, row=row)
+    cells = {name: texts(m, row.key, show) for name, m in runs.items()}
+    late = {name: m[row.key][2] for name, m in runs.items()}
+    label = row.label + " (%)" * row.percent
+    rows.append((label, row.better, cells, best(late, row.better)))
+  for n in HORIZONS:
+    at = {name: m["psnr_at"][str(n)] for name, m in runs.items()}
+    cells = {name: [_decibel(v)] for name, v in at.items()}
+    known = {name: v for name, v in at.items() if v is not None}
+    label = f"PSNR, frame {n} (dB)"
+    rows.append((label, "higher", cells, best(known, "higher")))
+  return page.Table(("early", "middle", "late"), rows)
 
 
 def comparison(

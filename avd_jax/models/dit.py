@@ -139,7 +139,7 @@ def _gate_noise(gate: float, rows: tuple[int, ...]):
   return init
 
 
-def _heads(x: Float[Array, "b s c"], heads: int) -> Float[Array, "b s a d"]:
+def _heads(x: Float[Array, "b s e"], heads: int) -> Float[Array, "b s a d"]:
   return x.reshape(*x.shape[:-1], heads, -1)
 
 
@@ -199,12 +199,12 @@ class Block(nn.Module):
       (6, c.dim),
     )
 
-  def _parts(self, e: Float[Array, "b n 6 c"]):
+  def _parts(self, e: Float[Array, "b n 6 e"]):
     """Shift, scale, gate (attention), shift, scale, gate (ffn), float32."""
     table = e.astype(jnp.float32) + self.modulation
     return [table[:, :, None, i] for i in range(6)]
 
-  def qkv(self, x: Float[Array, "b n s c"], e: Float[Array, "b n 6 c"]):
+  def qkv(self, x: Float[Array, "b n s e"], e: Float[Array, "b n 6 e"]):
     """Queries, keys and values [b n*s a d], before rotation."""
     shift, scale, *_ = self._parts(e)
     y = _modulate(x, shift, scale, self.cfg)
@@ -215,11 +215,11 @@ class Block(nn.Module):
 
   def finish(
     self,
-    x: Float[Array, "b n s c"],
-    e: Float[Array, "b n 6 c"],
+    x: Float[Array, "b n s e"],
+    e: Float[Array, "b n 6 e"],
     attended: Float[Array, "b k a d"],
-    text: Float[Array, "b m c"] | None,
-  ) -> Float[Array, "b n s c"]:
+    text: Float[Array, "b m e"] | None,
+  ) -> Float[Array, "b n s e"]:
     """Everything after self-attention; the residual stream stays float32."""
     _, _, gate, shift, scale, gate_ffn = self._parts(e)
     y = self.o(attended.reshape(*attended.shape[:2], -1)).reshape(x.shape)
@@ -335,7 +335,7 @@ class CausalDiT(nn.Module):
     streams = 2 if self.history else 1
     return stack(c, masks.history_mask(streams, c.window, c.sink), streams)
 
-  def embed(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b n s c"]:
+  def embed(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b n s e"]:
     """Patches to tokens, chunk by chunk, float32."""
     b, f, h, w, ch = x.shape
     p = self.cfg.patch
@@ -354,7 +354,7 @@ class CausalDiT(nn.Module):
     return x.reshape(b, f // frames, frames * rows * columns, -1)
 
   def condition(self, t: Float[Array, "b n"], text: Text):
-    """(e, modulation e0 [b n 6 c], text context [b m c] or None)."""
+    """(e, modulation e0 [b n 6 e], text context [b m e] or None)."""
     c = self.cfg
     e = self.time_embedding(layers.sinusoid(t, c.freq_dim))
     e0 = self.time_projection(nn.silu(e)).reshape(*e.shape[:-1], 6, c.dim)
@@ -365,7 +365,7 @@ class CausalDiT(nn.Module):
     return e, e0, self.text_embedding(text.astype(c.dtype))
 
   def predict(
-    self, tokens: Float[Array, "b n s c"], e, x, t
+    self, tokens: Float[Array, "b n s e"], e, x, t
   ) -> Float[Array, "b f h w c"]:
     """Tokens to the velocity of x_t."""
     c = self.cfg

@@ -18,7 +18,7 @@ Init = Callable[..., jax.Array]
 def dense(
   features: int,
   axes: tuple[str | None, str | None],
-  dtype: jnp.dtype,
+  dtype: str,
   kernel_init: Init = nn.initializers.xavier_uniform(),
   name: str | None = None,
 ) -> nn.Dense:
@@ -32,7 +32,7 @@ def dense(
   )
 
 
-def layer_norm(x: Float[Array, "... c"], eps: float) -> Float[Array, "... c"]:
+def layer_norm(x: Float[Array, "... e"], eps: float) -> Float[Array, "... e"]:
   """LayerNorm without parameters, float32 in and out."""
   x = x.astype(jnp.float32)
   x = x - jnp.mean(x, -1, keepdims=True)
@@ -46,10 +46,10 @@ class RMSNorm(nn.Module):
   """
 
   eps: float
-  dtype: jnp.dtype
+  dtype: str
 
   @nn.compact
-  def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
+  def __call__(self, x: Float[Array, "... e"]) -> Float[Array, "... e"]:
     scale = self.param(
       "scale",
       nn.with_logical_partitioning(nn.initializers.ones, ("heads",)),
@@ -78,11 +78,11 @@ class MLP(nn.Module):
   features: int
   activation: Callable[[jax.Array], jax.Array]
   axes: tuple[str | None, str | None, str | None]
-  dtype: jnp.dtype
+  dtype: str
   kernel_init: Init = nn.initializers.xavier_uniform()
 
   @nn.compact
-  def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... o"]:
+  def __call__(self, x: Float[Array, "... e"]) -> Float[Array, "... o"]:
     wide = dense(
       self.hidden, self.axes[:2], self.dtype, self.kernel_init, name="up"
     )

@@ -27,7 +27,7 @@ class ByteConditioner(nn.Module):
 
   dim: int
   tokens: int
-  dtype: jnp.dtype
+  dtype: str
 
   @nn.compact
   def __call__(self, ids: Int[Array, "b m"]) -> Float[Array, "b k d"]:

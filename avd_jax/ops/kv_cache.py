@@ -21,8 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 class KVCache(NamedTuple):
   """Keys (rotated at their absolute frame) and values, one array a layer."""
 
-  k: tuple[Float[Array, "b slots*s a d"], ...]
-  v: tuple[Float[Array, "b slots*s a d"], ...]
+  k: tuple[Float[Array, "b k a d"], ...]
+  v: tuple[Float[Array, "b k a d"], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def layout(
 
 
 def init(
-  layers: int, shape: tuple[int, int, int, int], dtype: jnp.dtype
+  layers: int, shape: tuple[int, int, int, int], dtype: str
 ) -> KVCache:
   """An empty cache; `shape` is [b, slots * s, a, d]."""
   zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(layers))
@@ -85,10 +85,10 @@ def init(
 
 
 def write(
-  buffer: Float[Array, "b slots*s a d"],
+  buffer: Float[Array, "b k a d"],
   new: Float[Array, "b s a d"],
   slot: Int[Array, ""],
-) -> Float[Array, "b slots*s a d"]:
+) -> Float[Array, "b k a d"]:
   """Overwrites one slot."""
   start = slot * new.shape[1]
   return jax.lax.dynamic_update_slice_in_dim(

@@ -12,7 +12,7 @@ pass runs one (stream 0).
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from avd_jax.errors import UserError
 HISTORY, NOISY = 0, 1
 
 
+@runtime_checkable
 class Mask(Protocol):
   """A predicate on chunks; arrays broadcast."""
 

@@ -51,7 +51,7 @@ def grid_angles(
   width: int,
   head_dim: int,
   theta: float = 10_000.0,
-) -> Float[Array, "f*h*w {head_dim//2}"]:
+) -> Float[Array, "f*{height*width} {head_dim//2}"]:
   """Angles of the tokens of some frames, in (frame, height, width) order."""
   dims = axis_dims(head_dim)
   axes = (frames, jnp.arange(height), jnp.arange(width))
@@ -71,7 +71,7 @@ def grid_angles(
 
 
 def rotate(
-  x: Float[Array, "b s a d"], angles: Float[Array, "s {d//2}"]
+  x: Float[Array, "b s a d"], angles: Float[Array, "s d//2"]
 ) -> Float[Array, "b s a d"]:
   """Rotates interleaved pairs (x_0, x_1), (x_2, x_3), ... in float32."""
   cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]

@@ -1,0 +1,3 @@
+"""Benchmark."""
+def add_arguments(parser): pass
+def run(args): pass

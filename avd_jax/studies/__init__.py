@@ -1,0 +1,1 @@
+"""Studies: runs trained, rolled out and measured side by side."""
