@@ -22,6 +22,8 @@ Params = PyTree
 Metrics = dict[str, jax.Array]
 # Token ids of a byte-level conditioner, or embeddings made beforehand.
 Text = Int[Array, "b m"] | Float[Array, "b m d"]
+# The text of one video that says nothing; it stands in for dropped text.
+NullText = Int[Array, "m"] | Float[Array, "m d"]
 
 
 class Batch(NamedTuple):

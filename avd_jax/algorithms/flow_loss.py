@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from avd_jax.diffusion import flow_matching
-from avd_jax.typing import Denoiser, HistoryFn, LossFn, Text
+from avd_jax.typing import Denoiser, HistoryFn, LossFn, NullText, Text
 
 
 def drop_text(
-  text: Text, null_text: Text, key: jax.Array, rate: float
+  text: Text, null_text: NullText, key: jax.Array, rate: float
 ) -> Text:
   """Replaces a video's text by the null text, at `rate`.
 
@@ -25,7 +25,7 @@ def flow_loss(
   history: HistoryFn,
   sample_levels: flow_matching.SampleLevels,
   *,
-  null_text: Text,
+  null_text: NullText,
   text_dropout: float = 0.1,
   skip_chunks: int = 0,
 ) -> LossFn:

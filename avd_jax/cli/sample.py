@@ -47,6 +47,11 @@ def run(args: argparse.Namespace) -> None:
     config.sampling.steps = args.steps
   if args.guidance is not None:
     config.sampling.guidance = args.guidance
+  if config.model.text == "none" and (args.prompt or args.guidance):
+    raise UserError(
+      f"{args.workdir} was trained without text (model.text 'none'): --prompt"
+      " and --guidance have nothing to act on"
+    )
   given, text = _condition(args, config)
   frames = args.frames or max(config.data.frames, 2 * args.given)
   with tqdm(desc="sample", total=frames - args.given, unit="frame") as bar:

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from avd_jax.typing import Denoiser, Text
+from avd_jax.typing import Denoiser, NullText
 
 
 def classifier_free(
-  denoiser: Denoiser, scale: float, null_text: Text
+  denoiser: Denoiser, scale: float, null_text: NullText
 ) -> Denoiser:
   """v_null + scale (v_text - v_null), each branch with its own cache.
 

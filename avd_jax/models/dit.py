@@ -527,3 +527,23 @@ def abstract_params(cfg: DiTConfig, x, text) -> Params:
     lambda key: init(cfg, key, x, text), jax.random.key(0)
   )
   return nn.meta.unbox(boxed)
+
+
+def forward_flops(
+  cfg: DiTConfig, frames: int, height: int, width: int, streams: int
+) -> int:
+  """Multiply-adds, times two, that a parallel pass over one video needs.
+
+  Linear layers of every token and attention over visible pairs only, whatever
+  an implementation really computes; embeddings and text are left out.
+  """
+  rows, columns = cfg.grid(height, width)
+  tokens = cfg.chunk_frames * rows * columns
+  chunks = frames // cfg.chunk_frames
+  mask = masks.history_mask(streams, cfg.window, cfg.sink)
+  pairs = int(masks.chunk_table(mask, chunks, streams).sum()) * tokens**2
+  linear = 4 * cfg.dim**2 + 2 * cfg.dim * cfg.ffn_dim
+  if cfg.text != "none":
+    linear += 2 * cfg.dim**2
+  all_tokens = streams * chunks * tokens
+  return cfg.num_layers * (2 * all_tokens * linear + 4 * pairs * cfg.dim)

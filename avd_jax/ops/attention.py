@@ -21,7 +21,7 @@ def reference(
   q: Float[Array, "b q a d"],
   k: Float[Array, "b k a d"],
   v: Float[Array, "b k a d"],
-  mask: Bool[Array, "#b #a q k"] | np.ndarray | None = None,
+  mask: Bool[Array | np.ndarray, "... #q k"] | None = None,
 ) -> Out:
   """Softmax attention in float32, scaled by d^-1/2.
 
@@ -29,7 +29,8 @@ def reference(
     q: queries.
     k: keys.
     v: values.
-    mask: True where a query sees a key; [q k] or broadcastable to [b a q k].
+    mask: True where a query sees a key; [q k], [1 k] or broadcastable
+      to [b a q k].
 
   Returns:
     (out, lse). A row that sees no key gives out 0 and lse EMPTY.

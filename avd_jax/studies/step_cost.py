@@ -1,0 +1,144 @@
+"""What a training step costs, method against method, on this machine.
+
+Machines are shared and noisy, so a time alone says little: contenders run in
+turn, round after round in one process, and what is reported is the median of
+the rounds' ratios. MFU is measured against a matrix product timed in the same
+rounds, not against a data sheet.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from avd_jax import config as config_lib
+from avd_jax import parallel
+from avd_jax.algorithms import histories
+from avd_jax.data import pipeline
+from avd_jax.errors import UserError
+from avd_jax.models import dit
+from avd_jax.training.program import Program
+
+MATMUL = 2048  # side of the product that stands for the machine's peak
+
+
+def _timed(call: Callable[[], Any]) -> float:
+  start = time.perf_counter()
+  jax.block_until_ready(call())
+  return time.perf_counter() - start
+
+
+def _steps(program: Program, batch: Any, name: str) -> Callable[[], Any]:
+  """A call that takes one training step of a stage."""
+  step = program.step(name)
+  holder = [program.begin_stage(program.init(), name)]
+
+  def call():
+    holder[0], metrics = step(holder[0], batch)
+    return metrics
+
+  return call
+
+
+def _rollout(program: Program, batch: Any, options: Any) -> Callable[[], Any]:
+  """A call that re-makes the history of a batch, and nothing else."""
+  denoiser = dit.make_denoiser(program.model)
+  make = jax.jit(histories.self_resampled(denoiser, options))
+  params, key = program.init().params, jax.random.key(0)
+  return lambda: make(params, batch.x, batch.text, key)
+
+
+def _matmul(dtype: str) -> Callable[[], Any]:
+  a = jax.random.normal(jax.random.key(0), (MATMUL, MATMUL), dtype)
+  product = jax.jit(jnp.matmul)
+  return lambda: product(a, a)
+
+
+def measure(
+  config: ConfigDict, mesh: Mesh, rounds: int = 20, progress: bool = True
+) -> dict[str, float]:
+  """Times teacher forcing, resampling forcing and its parts, interleaved.
+
+  Args:
+    config: has the stages teacher_forcing and resampling_forcing.
+    mesh: what to run on.
+    rounds: of every contender in turn.
+    progress: show a bar.
+
+  Returns:
+    rf_over_tf, rf_detached_over_tf and rollout_share (of the resampling step):
+    medians of ratios within a round; tokens_per_second of the noisy stream and
+    mfu, both of teacher forcing; milliseconds of each contender.
+
+  Raises:
+    UserError: a stage is missing, or no rounds.
+  """
+  wanted = ("teacher_forcing", "resampling_forcing")
+  missing = [name for name in wanted if name not in config.stage]
+  if missing or rounds < 1:
+    raise UserError(
+      f"bench step needs the stages {', '.join(wanted)} and at least 1 round"
+    )
+  config = config_lib.from_json(config_lib.to_json(config))
+  detached = config_lib.from_json(
+    config_lib.to_json(config.stage.resampling_forcing)
+  )
+  detached.resampling.detached = True
+  config.stage.detached = detached
+  program = Program(config, mesh)
+  data = config_lib.typed(pipeline.DataConfig, config.data)
+  batches = pipeline.batches(data, pipeline.make_source(data))
+  batch = parallel.put_batch(next(batches), mesh)
+  batches.close()
+  options = config_lib.typed(
+    histories.Resampling, config.stage.resampling_forcing.resampling
+  )
+  contenders = {
+    "tf": _steps(program, batch, "teacher_forcing"),
+    "rf": _steps(program, batch, "resampling_forcing"),
+    "rf_detached": _steps(program, batch, "detached"),
+    "rollout": _rollout(program, batch, options),
+    "matmul": _matmul(program.model.dtype),
+  }
+  times: dict[str, list[float]] = {name: [] for name in contenders}
+  bar = tqdm(desc="compile", total=len(contenders), disable=not progress)
+  with bar:
+    for call in contenders.values():
+      jax.block_until_ready(call())
+      jax.block_until_ready(call())  # the first after a compile is no measure
+      bar.update()
+  with tqdm(desc="rounds", total=rounds, disable=not progress) as bar:
+    for _ in range(rounds):
+      for name, call in contenders.items():
+        times[name].append(_timed(call))
+      bar.update()
+  return _summary(times, program, data)
+
+
+def _summary(times, program, data) -> dict[str, float]:
+  median = lambda values: float(statistics.median(values))
+  ratio = lambda a, b: median(
+    [x / y for x, y in zip(times[a], times[b], strict=True)]
+  )
+  model = program.model
+  flops = 3 * data.batch_size * dit.forward_flops(
+    model, data.frames, data.height, data.width, streams=2
+  )
+  work = flops / (2 * MATMUL**3)  # of a step, in matrix products
+  rows, columns = model.grid(data.height, data.width)
+  tokens = data.batch_size * data.frames * rows * columns
+  return {
+    "rf_over_tf": ratio("rf", "tf"),
+    "rf_detached_over_tf": ratio("rf_detached", "tf"),
+    "rollout_share": ratio("rollout", "rf"),
+    "tokens_per_second": tokens / median(times["tf"]),
+    "mfu": work * ratio("matmul", "tf"),
+    **{f"{name}_ms": 1e3 * median(t) for name, t in times.items()},
+    "rounds": len(times["tf"]),
+  }

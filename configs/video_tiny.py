@@ -1,0 +1,35 @@
+"""Your own videos, small: a folder of mp4 or webm files, on a laptop.
+
+  avd train --config configs/video_tiny.py --config.data.path=DIR --workdir W
+
+Source: the recipe of configs/worlds_tiny.py ([RF Alg. 1] after a teacher-
+forcing warm-up) on clips of 16 frames at 8 a second, 32x48 pixels, captions
+from the .txt beside a file.
+"""
+
+from avd_jax import config as base
+
+
+def get_config():
+  config = base.default()
+  config.data.update(
+    source="video", frames=16, height=32, width=48, fps=8.0, batch_size=8,
+    text_length=128,
+  )
+  config.model.update(
+    dim=192, ffn_dim=576, num_heads=6, num_layers=4, patch=8, window=5, sink=1,
+    text="bytes", text_dim=64, spatial_embedding=(4, 6), gate_init=0.5,
+    rope_theta=100.0, scan_unroll=4,
+  )
+  config.optimizer.update(name="muon")
+  config.stages = ("warmup", "resampling_forcing")
+  config.stage.warmup = base.stage("ground_truth", 1500)
+  config.stage.resampling_forcing = base.stage(
+    "self_resampled", 500, decay_steps=400
+  )
+  config.stage.resampling_forcing.resampling.update(
+    shift=0.1, clean_prefix=1, random_prefix=True
+  )
+  config.evaluation.update(videos=4, given=4, frames=48)
+  config.sampling.update(steps=8, shift=3.0)
+  return config
