@@ -1,18 +1,17 @@
-# Everything lands in .venv/, made with Python's own venv and pip; a second
-# `make` installs nothing. `make demo PYTHON=/path/to/python3.12` picks one.
+# Everything lands in .venv, made by Python's own venv and pip; a second `make`
+# installs nothing. `make demo PYTHON=/path/to/python3.12` picks a Python.
 
 SHELL := /bin/sh
-VENV := .venv
-BIN := $(VENV)/bin
-CORE := $(VENV)/.installed
-TEST := $(VENV)/.installed-test
+BIN := .venv/bin
+# Stamps: what .venv holds.
+CORE := .venv/.installed
+TEST := .venv/.installed-test
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
-# Workers of pytest; compiling is most of the work, and takes a core each.
+# pytest processes; compiling, most of the work, takes a core each.
 WORKERS ?= 2
 
-# The first that runs at all (a version manager's shim may not) and is new
-# enough.
+# The first that is new enough, and runs: a version manager's shim may not.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
   "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
   >/dev/null 2>&1 && { echo "$$p"; break; }; done)
@@ -20,17 +19,17 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 .PHONY: help install demo test lint
 
 help:
-	@echo "make demo     train, roll out and report: runs/demo/report.html"
-	@echo "make install  the avd command, in $(BIN)"
-	@echo "make test     all tests            (PYTEST_ARGS='-k masks')"
-	@echo "make lint     ruff, check and format"
+	@echo "make demo     train, roll out, compare: runs/demo/report.html"
+	@echo "make install  the avd command: $(BIN)/avd"
+	@echo "make test     all tests (some: make test PYTEST_ARGS='-k masks')"
+	@echo "make lint     ruff: rules and format"
 
 install: $(CORE)
 
 demo: $(CORE)
 	$(BIN)/avd demo --workdir runs/demo $(DEMO_ARGS)
 
-# Compiled programs are kept between runs, and shared by the tests of one.
+# Compiled programs are kept for the next run, and for the next test.
 test: $(TEST)
 	JAX_COMPILATION_CACHE_DIR="$${JAX_COMPILATION_CACHE_DIR:-$$PWD/.jax_cache}" \
 	  $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
@@ -40,8 +39,8 @@ lint: $(TEST)
 	$(BIN)/ruff format --check
 
 $(CORE): setup.cfg pyproject.toml
-	@$(MAKE) --no-print-directory -s venv
-	@echo "installing avd into $(VENV): a few minutes, once"
+	@$(make_venv)
+	@echo "installing avd_jax into .venv: a few minutes, once"
 	@$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
@@ -51,18 +50,17 @@ $(TEST): $(CORE)
 	@touch $@
 
 # An environment that works is kept, whoever made it.
-.PHONY: venv
-venv:
-	@if $(BIN)/python -m pip --version >/dev/null 2>&1; then exit 0; fi; \
-	python="$(PYTHON)"; \
-	if [ -z "$$python" ]; then \
-	  echo "error: no Python 3.11 or newer found; install one, or name it:" \
-	    "make PYTHON=/path/to/python3" >&2; exit 1; fi; \
-	if ! "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; \
-	then echo "error: PYTHON=$$python is not Python 3.11 or newer" >&2; \
-	  exit 1; fi; \
-	if ! "$$python" -c 'import ensurepip, venv' >/dev/null 2>&1; then \
-	  echo "error: $$python cannot make environments (no venv, ensurepip);" \
-	    "on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; fi; \
-	echo "making $(VENV) with $$("$$python" --version)"; \
-	"$$python" -m venv $(VENV)
+define make_venv
+$(BIN)/python -m pip --version >/dev/null 2>&1 && exit 0; \
+python="$(PYTHON)"; \
+fail() { echo "error: $$*" >&2; exit 1; }; \
+[ -n "$$python" ] || fail "no Python 3.11 or newer found; install one, or" \
+  "name it: make PYTHON=/path/to/python3"; \
+"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+  || fail "PYTHON=$$python is not Python 3.11 or newer"; \
+"$$python" -c 'import ensurepip, venv' 2>/dev/null \
+  || fail "$$python cannot make environments (it lacks venv or ensurepip);" \
+  "on Debian or Ubuntu: apt install python3-venv"; \
+echo "making .venv with $$("$$python" --version)"; \
+"$$python" -m venv .venv
+endef

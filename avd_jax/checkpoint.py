@@ -50,7 +50,7 @@ class Checkpoints:
 
   def record(self, step: int) -> dict[str, Any]:
     """The JSON record saved beside the trees."""
-    return self._restore(step, record=ocp.args.JsonRestore())["record"]
+    return self._restore(step, {"record": ocp.args.JsonRestore()})["record"]
 
   def restore(self, step: int, targets: dict[str, Any]) -> dict[str, Any]:
     """The named trees at `step`, into the shapes and shardings of `targets`.
@@ -64,10 +64,10 @@ class Checkpoints:
       )
       for name, target in targets.items()
     }
-    restored = self._restore(step, **args)
+    restored = self._restore(step, args)
     return {name: restored[name][name] for name in targets}
 
-  def _restore(self, step: int, **args: Any) -> Any:
+  def _restore(self, step: int, args: dict[str, Any]) -> Any:
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**args))
     except (ValueError, KeyError, OSError, TypeError) as error:

@@ -1,10 +1,12 @@
 """The mesh, and the one table that says what is sharded over it."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -66,12 +68,17 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
 
 def state_shardings(abstract: Any, mesh: Mesh) -> Any:
   """Shardings of a tree whose leaves may be boxed with logical axes."""
-  specs = nn.logical_to_mesh(nn.get_partition_spec(abstract), RULES)
-  return jax.tree.map(
-    lambda spec: NamedSharding(mesh, spec),
-    specs,
-    is_leaf=lambda s: isinstance(s, PartitionSpec),
-  )
+
+  def sharding(leaf):
+    if not isinstance(leaf, nn.LogicallyPartitioned):
+      return replicated(mesh)
+    if not jax.tree.leaves(leaf.value):
+      return leaf.value  # where an optimizer masks a parameter out
+    spec = nn.logical_to_mesh_axes(leaf.names, RULES)
+    return NamedSharding(mesh, spec)
+
+  boxed = lambda x: isinstance(x, nn.LogicallyPartitioned)
+  return jax.tree.map(sharding, abstract, is_leaf=boxed)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -82,9 +89,54 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, BATCH)
 
 
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+  """(index, count): the share of each batch that this process reads.
+
+  Processes that a context or tensor axis runs across hold the same examples,
+  and read the same share.
+
+  Raises:
+    UserError: processes whose examples overlap only in part.
+  """
+  rows = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+  me = jax.process_index()
+  mine = [
+    i for i, row in enumerate(rows) if any(d.process_index == me for d in row)
+  ]
+  index, past = divmod(mine[0], len(mine))
+  whole = mine == list(range(mine[0], mine[0] + len(mine)))
+  if past or not whole or len(rows) % len(mine):
+    raise UserError(
+      f"mesh {tuple(mesh.shape.values())} over {AXES} cuts process {me}'s"
+      " examples apart; make context x tensor divide its devices, or be a"
+      " multiple of them"
+    )
+  return index, len(rows) // len(mine)
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
   """This process's share of a global batch, as global arrays."""
   sharding = batch_sharding(mesh)
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(sharding, x), batch
   )
+
+
+def any_process(mine: bool, mesh: Mesh) -> jax.Array | bool:
+  """Whether any process says so; every process must ask at the same step.
+
+  Several processes get a scalar that is still on its way: who reads it late
+  waits for nobody.
+  """
+  if not mesh.is_multi_process:
+    return mine
+  sharding = NamedSharding(mesh, PartitionSpec(AXES))
+  votes = jax.make_array_from_process_local_data(
+    sharding, np.full(mesh.local_mesh.size, mine), (mesh.size,)
+  )
+  return _any(mesh)(votes)
+
+
+@functools.cache
+def _any(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+  return jax.jit(jnp.any, out_shardings=replicated(mesh))

@@ -2,14 +2,14 @@
 
 Nothing but the step number is needed to resume. The order of an epoch and the
 generator that draws a clip belong to a record's place in one endless global
-stream; a process takes every n-th place of it, and a batch is the next few. So
-step k holds the same records whatever the number of processes and workers, and
-starting at step k is a slice, not a replay.
+stream; a batch is the next few places of it, and a process takes its share of
+each. So step k holds the same records whatever the number of processes and
+workers, and starting at step k is a slice, not a replay.
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -22,6 +22,7 @@ from avd_jax.typing import Batch
 SOURCES = ("worlds", "video", "tfds")
 
 
+@runtime_checkable
 class Source(Protocol):
   """What the pipeline reads.
 
@@ -242,14 +243,14 @@ def batches(
     .seed(cfg.seed)
     .shuffle()
     .repeat(None)
-    # Before the slice, so that a clip is drawn by the record's global place:
+    # Before any slice, so that a clip is drawn by the record's global place:
     # the same clip in one process of eight and in one of one.
     .random_map(_SampleClip(source, cfg.text_length))
   )
-  first = start_step * cfg.batch_size + process_index
-  dataset = stream[first::process_count].batch(
-    cfg.batch_size // process_count, drop_remainder=True
-  )
+  # Shares of a batch side by side: put together they are the batch of one
+  # process, row for row, and so is every row's noise.
+  shares = stream.batch(cfg.batch_size // process_count, drop_remainder=True)
+  dataset = shares[start_step * process_count + process_index :: process_count]
   # Drawing a world never waits: a second thread would only fight for the lock.
   threads = 1 if isinstance(source, worlds.World) else cfg.num_threads
   dataset = dataset.to_iter_dataset(

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from avd_jax.evaluation.drift import Curve
 
 # Lines end in their names: room for them, as a share of the frames.
-_NAME_ROOM = 0.3
+_NAME_ROOM = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ PANELS = (
     "failed",
     "Failed frames",
     "% of videos",
-    "Share of videos that have failed: the ball is gone or doubled, or the "
+    "Share of videos that have failed: a ball is gone or doubled, or the "
     "picture is nothing this world could show. Lower is better.",
     percent=True,
   ),
@@ -53,8 +53,8 @@ PANELS = (
     "manifold_psnr",
     "Picture quality",
     "dB",
-    "Distance to the nearest picture the world could show, wherever the ball "
-    "is. A line that falls is drift. Higher is better.",
+    "Distance to the nearest picture the world could show, wherever its "
+    "balls are. A line that falls is drift. Higher is better.",
     floor=False,
   ),
   Panel(
@@ -133,7 +133,7 @@ def draw(
   }
   with matplotlib.rc_context(style):
     figure = Figure(
-      figsize=(5.6 * columns, 3.3 * rows),
+      figsize=(4.9 * columns, 3.0 * rows),
       facecolor=theme.paper,
       layout="constrained",
     )
@@ -202,12 +202,13 @@ def _name_lines(axes: Axes, frames: int, ends: list[tuple[float, str, str]]):
   """Writes names at the ends of lines, moved apart where they would meet."""
   low, high = axes.get_ylim()
   apart = 0.085 * (high - low)
-  heights: list[float] = []
-  for height, name, colour in sorted(ends):
-    height = max(height, low + apart / 2)
-    if heights:
-      height = max(height, heights[-1] + apart)
-    heights.append(height)
+  ends = sorted(ends)
+  heights = np.array([height for height, *_ in ends])
+  steps = apart * np.arange(len(ends))
+  # Up from the lowest, then down again from the top of the axes.
+  heights = np.maximum.accumulate(np.maximum(heights, low) - steps) + steps
+  heights = np.minimum(heights, high - steps[::-1])
+  for height, (_, name, colour) in zip(heights, ends, strict=True):
     axes.text(
       frames * 1.015,
       height,
@@ -243,6 +244,6 @@ def _mark_frames(
         xycoords=("data", "axes fraction"),
         xytext=(1, 2),
         textcoords="offset points",
-        fontsize=8.5,
+        fontsize=9,
         alpha=0.8,
       )

@@ -8,7 +8,7 @@ flicker. `failed` is the strict one: broken, or objects lost or added.
 
 Videos are [b f h w 3] in [-1, 1], metrics arrays [b f] on the host. The drift
 of a quality score is its mean over the first fifth of the rollout minus its
-mean over all of it. [BAgger Delta]
+mean over all of it.
 """
 
 import dataclasses
@@ -170,7 +170,10 @@ def manifold_psnr(off_manifold: np.ndarray) -> np.ndarray:
 
 
 def _drift(score: np.ndarray) -> float:
-  """Delta of a score [b f]; positive where it falls. [BAgger Delta]"""
+  """Delta of a score [b f], first fifth minus all; positive where it falls.
+
+  [BAgger Delta]
+  """
   early = max(1, score.shape[1] // 5)
   return float(score[:, :early].mean() - score.mean())
 

@@ -99,7 +99,7 @@ $classes
 <video controls autoplay muted loop playsinline aria-label="$columns"
  src="data:video/mp4;base64,$film"></video>
 <figcaption>Columns: $columns. Each row is another video, from the same given
-frames; an orange edge marks them. Watch whether the ball lives, keeps its
+frames; an orange edge marks them. Watch whether balls live and keep their
 colour, and whether the background stays what it was.</figcaption>
 </figure>
 
@@ -282,7 +282,7 @@ def _table(table: Table, names: Sequence[str]) -> str:
       mark = " best" if name == best else ""
       if len(texts) == 1:
         row.append(
-          f'<td colspan="{span}" class="whole{mark}">{escape(texts[0])}</td>'
+          f'<td colspan="{span}" class="whole{mark}">{_cell(texts[0])}</td>'
         )
         continue
       for i, text in enumerate(texts):

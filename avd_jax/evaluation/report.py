@@ -181,7 +181,8 @@ def _findings(runs: Mapping[str, Summary]) -> list[page.Finding]:
     ),
     page.Finding(
       "Agreement at the start",
-      "PSNR of the first frame made; more is better. The price shows here.",
+      "PSNR of the first frame made; more is better. What resists drift may "
+      "cost something here.",
       values(lambda m: f"{m['psnr_at']['1']:.1f} dB"),
     ),
   ]

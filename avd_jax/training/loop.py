@@ -181,11 +181,13 @@ class _Run:
 
   def run(self, state, step, plan, data, source) -> TrainState:
     mesh, log = self.program.mesh, self.program.config.log
-    batches = pipeline.batches(
-      data, source, step, jax.process_index(), jax.process_count()
-    )
+    batches = pipeline.batches(data, source, step, *parallel.batch_share(mesh))
     lead = jax.process_index() == 0
     writer = Writer(self.workdir, log.every, step) if lead else None
+    # Steps not waited for: their metrics, and whether a process was told to
+    # stop. Read late, but at the same step by all, so that all save the same.
+    flight: collections.deque[Any] = collections.deque()
+    stop = False
     try:
       with interruptible() as caught:
         for stretch in plan:
@@ -194,15 +196,16 @@ class _Run:
           if step == stretch.first and step:
             state = self.program.begin_stage(state, stretch.name)
           launch = self.program.step(stretch.name)
-          flight: collections.deque[Any] = collections.deque()
           with self._bar(stretch, step) as bar:
             while step < stretch.last:
               batch = parallel.put_batch(next(batches), mesh)
               state, metrics = launch(state, batch)
               step += 1
-              flight.append(metrics)
+              flight.append((metrics, parallel.any_process(bool(caught), mesh)))
               if len(flight) > AHEAD:
-                jax.block_until_ready(flight.popleft())
+                done, told = flight.popleft()
+                jax.block_until_ready(done)
+                stop = bool(told)
               if writer:
                 writer.push(step, stretch.name, metrics)
                 if writer.latest:
@@ -210,15 +213,14 @@ class _Run:
                     loss=f"{writer.latest['loss']:.4f}", refresh=False
                   )
               bar.update()
-              if caught or step % log.checkpoint_every == 0:
+              if stop or step % log.checkpoint_every == 0:
                 self._save(step, state)
-              if caught:
-                self.checkpoints.wait()
-                raise Interrupted(
-                  f"stopped at step {step} of {plan[-1].last}, everything is"
-                  f" saved in {self.workdir}; the same command goes on"
-                )
+              if stop:
+                self._leave(step, plan)
+        told = parallel.any_process(bool(caught), mesh)
       self._save(step, state)
+      if told:
+        self._leave(step, plan)
       self.checkpoints.wait()
     finally:
       batches.close()
@@ -234,6 +236,13 @@ class _Run:
       unit="step",
       mininterval=0.5,
       disable=not self.progress or jax.process_index() != 0,
+    )
+
+  def _leave(self, step: int, plan: list[Stretch]) -> None:
+    self.checkpoints.wait()
+    raise Interrupted(
+      f"stopped at step {step} of {plan[-1].last}, everything is saved in"
+      f" {self.workdir}; the same command goes on"
     )
 
   def _save(self, step: int, state: TrainState) -> None:
