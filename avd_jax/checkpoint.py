@@ -70,8 +70,11 @@ class Checkpoints:
   def _restore(self, step: int, args: dict[str, Any]) -> Any:
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**args))
-    except (ValueError, KeyError, OSError, TypeError) as error:
-      reason = str(error).strip().splitlines()[0][:200]
+    except Exception as error:  # what a damaged file raises may be just that
+      cause = error
+      while cause.__cause__ is not None:
+        cause = cause.__cause__
+      reason = (str(cause).strip().splitlines() or [repr(cause)])[0][:200]
       raise UserError(
         f"checkpoint {self.path / str(step)} cannot be restored ({reason});"
         " delete that directory to fall back to an older one"

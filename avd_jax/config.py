@@ -7,18 +7,19 @@ get wrong in a config is refused here, before any compute is spent.
 
 import dataclasses
 import json
+import runpy
 from pathlib import Path
 from typing import Any, TypeVar
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import placeholder
 
 from avd_jax.algorithms.histories import Resampling
 from avd_jax.data.pipeline import DataConfig
 from avd_jax.diffusion.solvers import SOLVERS
 from avd_jax.errors import UserError
 from avd_jax.models.dit import DiTConfig
-from avd_jax.parallel import AXES
 
 T = TypeVar("T")
 
@@ -27,6 +28,24 @@ T = TypeVar("T")
 FREE = ("log.", "mesh.", "sampling.", "evaluation.", "data.num_workers",
         "data.num_threads")
 HISTORIES = ("ground_truth", "self_resampled")
+
+AT_LEAST = {
+  "loss.skip_chunks": 0,
+  "optimizer.accumulation": 1,
+  "log.every": 1,
+  "log.checkpoint_every": 1,
+  "log.keep": 1,
+  "sampling.steps": 1,
+  "sampling.segment": 1,
+  "evaluation.videos": 1,
+  "evaluation.given": 0,
+}
+POSITIVE = (
+  "loss.shift", "sampling.shift", "optimizer.clip_norm", "optimizer.muon_ratio"
+)
+BELOW_ONE = (
+  "loss.text_dropout", "optimizer.ema", "optimizer.b1", "optimizer.b2"
+)
 
 
 def stage(history: str, steps: int, **changes: Any) -> ConfigDict:
@@ -55,11 +74,16 @@ def default() -> ConfigDict:
       prediction="x0", remat="none", scan_unroll=3,
     )
   )
+  data = dataclasses.asdict(DataConfig())
+  # A field that is None by default still has a type, or no argument could set
+  # it.
+  model |= dict(window=placeholder(int), spatial_embedding=placeholder(tuple))
+  data |= dict(fps=placeholder(float))
   return ConfigDict(
     dict(
       seed=0,
       init_from="",  # workdir whose newest EMA weights training starts from
-      data=dataclasses.asdict(DataConfig()),
+      data=data,
       model=model,
       loss=dict(
         levels="logit_normal",  # or "uniform"
@@ -95,24 +119,41 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
   Raises:
     UserError: no such file, an unknown field, a value of another type.
   """
-  file, _, _ = path.partition(":")
+  file, *argument = path.split(":", 1)
   if not Path(file).is_file():
     raise UserError(f"config {file} does not exist; see configs/ for examples")
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_file("config", flag_values=values)
   try:
-    values(["avd", f"--config={path}", *overrides])
-    config = values.config
-  except AttributeError as error:
-    raise UserError(
-      f"{file}: {_line(error)} (unknown field)"
-    ) from error
-  except (flags.Error, ValueError, TypeError, KeyError, IndexError) as error:
-    raise UserError(f"{file}: {_line(error)}") from error
-  except (ImportError, SyntaxError, NameError) as error:
-    raise UserError(f"{file} cannot be read: {_line(error)}") from error
+    config = runpy.run_path(file)["get_config"](*argument)
+  except Exception as error:  # it is a program: anything may be wrong with it
+    kind = type(error).__name__
+    raise UserError(f"config {file}: {kind}: {_line(error)}") from error
+  if not isinstance(config, ConfigDict):
+    raise UserError(f"config {file}: get_config must return a ConfigDict")
+  _override(config, overrides)
   check(config)
   return config
+
+
+def _override(config: ConfigDict, overrides: list[str]) -> None:
+  """Applies `--config.field=value` arguments."""
+  for override in overrides:
+    name, equals, _ = override.partition("=")
+    path, section = name.removeprefix("--config.").split("."), config
+    for field in path[:-1]:
+      section = section.get(field) if isinstance(section, ConfigDict) else None
+    if not isinstance(section, ConfigDict) or path[-1] not in section:
+      raise UserError(f"{name}: unknown config field")
+    if not equals:
+      raise UserError(f"{name}: write {name}=VALUE")
+  values, argv = flags.FlagValues(), ["avd", *overrides]
+  # Without sys_argv, overrides would be looked for in this process's own.
+  config_flags.DEFINE_config_dict(
+    "config", config, flag_values=values, sys_argv=argv
+  )
+  try:
+    values(argv)
+  except (flags.Error, ValueError, TypeError) as error:
+    raise UserError(_line(error)) from error
 
 
 def _line(error: Exception) -> str:
@@ -145,8 +186,21 @@ def check(config: ConfigDict) -> None:
   Raises:
     UserError: the first thing found.
   """
+  _same_fields("", config, default())
+  for name in ("loss", "optimizer", "mesh", "log", "sampling", "evaluation"):
+    _same_fields(name + ".", config[name], default()[name])
+  for name, section in config.stage.items():
+    _same_fields(f"stage.{name}.", section, stage("", 0))
   model, data = typed(DiTConfig, config.model), typed(DataConfig, config.data)
-  model.grid(data.height, data.width)
+  _check_ranges(config)
+  grid = model.grid(data.height, data.width)
+  if model.spatial_embedding not in (None, grid):
+    raise UserError(
+      f"model.spatial_embedding {model.spatial_embedding} must be the frame's"
+      f" grid of tokens, {grid}, or None"
+    )
+  if model.channels != 3:
+    raise UserError(f"model.channels {model.channels}: videos have 3")
   if model.text == "embeddings":
     raise UserError(
       "model.text 'embeddings' needs embeddings made beforehand; videos with"
@@ -174,8 +228,8 @@ def check(config: ConfigDict) -> None:
   _one_of("loss.levels", config.loss.levels, ("logit_normal", "uniform"))
   _one_of("optimizer.name", config.optimizer.name, ("adamw", "muon"))
   _one_of("sampling.solver", config.sampling.solver, tuple(SOLVERS))
-  if set(config.mesh) != set(AXES):
-    raise UserError(f"mesh has the axes {', '.join(AXES)}, no others")
+  if not config.stages:
+    raise UserError("stages is empty; name at least one section of stage")
   for name in config.stages:
     if name not in config.stage:
       raise UserError(
@@ -188,6 +242,39 @@ def check(config: ConfigDict) -> None:
     typed(Resampling, section.resampling)
     if section.steps < 1:
       raise UserError(f"stage.{name}.steps {section.steps}: at least 1")
+    for field in ("warmup_steps", "decay_steps", "learning_rate"):
+      if section[field] < 0:
+        raise UserError(f"stage.{name}.{field} {section[field]}: at least 0")
+
+
+def _same_fields(prefix: str, section: ConfigDict, like: ConfigDict) -> None:
+  for name in sorted(set(section) ^ set(like)):
+    wrong = "unknown" if name in section else "missing"
+    raise UserError(
+      f"{wrong} config field {prefix}{name}; there are"
+      f" {', '.join(sorted(like))}"
+    )
+
+
+def _check_ranges(config: ConfigDict) -> None:
+  def value(name):
+    section, field = name.split(".")
+    return config[section][field]
+
+  for name, least in AT_LEAST.items():
+    if value(name) < least:
+      raise UserError(f"{name} {value(name)}: at least {least}")
+  for name in POSITIVE:
+    if value(name) <= 0:
+      raise UserError(f"{name} {value(name)} must be positive")
+  for name in BELOW_ONE:
+    if not 0 <= value(name) < 1:
+      raise UserError(f"{name} {value(name)} is not in [0, 1)")
+  if config.evaluation.frames <= config.evaluation.given:
+    raise UserError(
+      f"evaluation.frames {config.evaluation.frames} must exceed"
+      f" evaluation.given {config.evaluation.given}"
+    )
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

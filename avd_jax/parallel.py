@@ -82,10 +82,12 @@ def state_shardings(abstract: Any, mesh: Mesh) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+  """Every device holds all of it."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Every device holds its own examples."""
   return NamedSharding(mesh, BATCH)
 
 

@@ -1,4 +1,4 @@
-"""The smallest run there is: one layer, one stage of each history, seconds."""
+"""The smallest run that uses everything: both histories, captions, an EMA."""
 
 from avd_jax import config as base
 
@@ -6,13 +6,12 @@ from avd_jax import config as base
 def get_config():
   config = base.default()
   config.data.update(
-    frames=3, height=12, width=12, batch_size=4, num_videos=64, text_length=32
+    frames=3, height=12, width=12, batch_size=8, num_videos=64, text_length=32
   )
   config.model.update(
-    dim=16, ffn_dim=16, num_heads=1, num_layers=1, patch=6, text="none",
-    freq_dim=8, scan_unroll=1,
-  )
-  config.stages = ("teacher_forcing", "resampling_forcing")
+    dim=16, ffn_dim=16, num_heads=1, num_layers=1, patch=6, freq_dim=8,
+    text_dim=8, text_tokens=1, scan_unroll=1,
+  )  # fmt: skip
   config.stage.teacher_forcing.update(steps=3, warmup_steps=1)
   config.stage.resampling_forcing.update(steps=2)
   config.log.update(every=1, checkpoint_every=2)

@@ -23,10 +23,13 @@ def run(args: argparse.Namespace) -> None:
 
   from avd_jax import config as config_lib
   from avd_jax.cli import devices
+  from avd_jax.errors import UserError
   from avd_jax.evaluation import report
   from avd_jax.studies import exposure_bias
   from avd_jax.training import loop
 
+  if args.seeds < 1:
+    raise UserError(f"--seeds {args.seeds}: at least 1")
   config = config_lib.load(args.config, args.overrides)
   devices.start()
   mesh = devices.mesh(config)

@@ -1,9 +1,8 @@
 """Devices: the one place that asks which there are.
 
-Several processes form one program where the environment says so: SLURM, GKE
-and TPU metadata are found by jax itself; elsewhere AVD_COORDINATOR
-(host:port), AVD_NUM_PROCESSES and AVD_PROCESS_ID name them
-(`launch/local.sh` sets these).
+Several processes form one training run where the environment says so: under
+SLURM jax finds them itself; elsewhere AVD_COORDINATOR (host:port),
+AVD_NUM_PROCESSES and AVD_PROCESS_ID name them (`launch/local.sh` sets these).
 """
 
 import os
@@ -20,18 +19,25 @@ VARIABLES = ("AVD_COORDINATOR", "AVD_NUM_PROCESSES", "AVD_PROCESS_ID")
 CACHE = Path("~/.cache/avd_jax/jax").expanduser()
 
 
-def start() -> None:
+def start(several: bool = False) -> None:
   """Joins the other processes, if any, and turns the compile cache on.
 
+  Args:
+    several: the program knows how to be one of several processes.
+
   Raises:
-    UserError: only some of the AVD_ variables are set, or not to numbers.
+    UserError: only some of the AVD_ variables are set, or not to numbers; or
+      they are, and the program works alone.
   """
   cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE))
   jax.config.update("jax_compilation_cache_dir", cache)
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
   given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+  if given and not several:
+    raise UserError(
+      f"only `avd train` runs as several processes; unset {', '.join(given)}"
+    )
   if not given:
-    if "SLURM_NTASKS" in os.environ and int(os.environ["SLURM_NTASKS"]) > 1:
+    if several and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
       jax.distributed.initialize()
     return
   missing = [name for name in VARIABLES if name not in given]

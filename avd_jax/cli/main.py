@@ -54,6 +54,12 @@ def main(argv: list[str] | None = None) -> int:
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
+  except OSError as error:
+    if error.filename is None:
+      raise
+    # A full disk, a file where a directory should be, no permission.
+    print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+    return 2
   except KeyboardInterrupt:
     print("stopped", file=sys.stderr)
     return 130

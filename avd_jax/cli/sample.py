@@ -40,6 +40,12 @@ def run(args: argparse.Namespace) -> None:
     raise UserError(
       f"--out {args.out}: give one of {', '.join(video_lib.WRITABLE)}"
     )
+  for name, least in (("frames", 1), ("given", 0), ("steps", 1), ("scale", 1)):
+    value = getattr(args, name)
+    if value is not None and value < least:
+      raise UserError(f"--{name} {value}: at least {least}")
+  if args.fps <= 0:
+    raise UserError(f"--fps {args.fps}: must be positive")
   devices.start()
   sampler = sampling.load(args.workdir)
   config = sampler.config
@@ -54,10 +60,15 @@ def run(args: argparse.Namespace) -> None:
     )
   given, text = _condition(args, config)
   frames = args.frames or max(config.data.frames, 2 * args.given)
-  with tqdm(desc="sample", total=frames - args.given, unit="frame") as bar:
+  total = frames - args.given
+  # Not before there is something to show: what is wrong shows at once.
+  with tqdm(desc="sample", total=total, unit="frame", delay=0.1) as bar:
     made = sampler.extend(given, text, frames, args.seed, bar.update)
   scale = args.scale or max(1, 256 // made.shape[3])
-  video_lib.write_video(args.out, made[0], args.fps, scale)
+  try:
+    video_lib.write_video(args.out, made[0], args.fps, scale)
+  except OSError as error:
+    raise UserError(f"--out {args.out}: {error.strerror}") from error
   print(f"wrote {args.out}: {frames} frames, the first {args.given} given")
 
 

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
   from avd_jax.training import loop
 
   config = config_lib.load(args.config, args.overrides)
-  devices.start()
+  devices.start(several=True)
   try:
     loop.train(config, args.workdir, devices.mesh(config))
   except loop.Interrupted as stop:

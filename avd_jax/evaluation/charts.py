@@ -231,7 +231,7 @@ def _mark_frames(
       train_frames + 0.5, color=theme.ink, linewidth=1, linestyle=(0, (2, 3))
     )
   # The two words need room beside each other; then the grey speaks for itself.
-  short = trained and train_frames < 0.1 * frames
+  short = trained and train_frames < 0.15 * frames
   # Above the plot, so that no line runs through the words.
   for x, text, wanted in (
     (0.5, "given", given > 0 and not short),

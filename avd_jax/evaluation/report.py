@@ -72,6 +72,7 @@ def format_table(runs: Mapping[str, Summary]) -> str:
 
 
 def format_value(value: float, row: Row) -> str:
+  """A cell, in the row's unit and digits."""
   return f"{100 * value:.1f}" if row.percent else f"{value:.{row.digits}f}"
 
 

@@ -86,6 +86,14 @@ class DiTConfig:
   dtype: str = "float32"
 
   def __post_init__(self):
+    for field in (
+      "dim", "ffn_dim", "num_heads", "num_layers", "patch", "channels",
+      "text_dim", "text_tokens", "chunk_frames", "min_t", "scan_unroll",
+    ):
+      if getattr(self, field) <= 0:
+        raise UserError(f"model.{field} {getattr(self, field)}: not positive")
+    if self.freq_dim < 2 or self.freq_dim % 2:
+      raise UserError(f"model.freq_dim {self.freq_dim}: give an even number")
     if self.dim % self.num_heads:
       raise UserError(
         f"model.dim {self.dim} is not divisible by model.num_heads"

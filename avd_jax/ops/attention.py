@@ -35,14 +35,18 @@ def reference(
   Returns:
     (out, lse). A row that sees no key gives out 0 and lse EMPTY.
   """
+  if not k.shape[1]:
+    return jnp.zeros_like(q), jnp.full(q.shape[:3], EMPTY)
   logits = jnp.einsum(
     "bqad,bkad->baqk", q, k, preferred_element_type=jnp.float32
   )
   logits = logits * (q.shape[-1] ** -0.5)
   if mask is not None:
     logits = jnp.where(mask, logits, EMPTY)
-  # The maximum only guards the exponent; its gradient cancels.
-  top = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
+  # The maximum only guards the exponent; its gradient cancels. Starting it
+  # from EMPTY lets a branch have no keys at all.
+  top = jnp.max(logits, -1, keepdims=True, initial=EMPTY)
+  top = jax.lax.stop_gradient(top)
   weight = jnp.exp(logits - top)
   if mask is not None:
     weight = jnp.where(mask, weight, 0.0)

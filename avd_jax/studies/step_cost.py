@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -37,10 +38,11 @@ def _timed(call: Callable[[], Any]) -> float:
 def _steps(program: Program, batch: Any, name: str) -> Callable[[], Any]:
   """A call that takes one training step of a stage."""
   step = program.step(name)
-  holder = [program.begin_stage(program.init(), name)]
+  holder = [program.init()]
 
   def call():
-    holder[0], metrics = step(holder[0], batch)
+    # Learning rate 0: the weights, and so the work, stay what they are.
+    holder[0], metrics = step(holder[0], batch, np.float32(0.0))
     return metrics
 
   return call

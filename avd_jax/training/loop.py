@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -25,6 +26,7 @@ from avd_jax import checkpoint, parallel
 from avd_jax import config as config_lib
 from avd_jax.data import pipeline
 from avd_jax.errors import UserError
+from avd_jax.training import optim
 from avd_jax.training.metrics import Writer
 from avd_jax.training.program import Program
 from avd_jax.training.state import TrainState
@@ -107,11 +109,11 @@ def train(
     config.data.batch_size, config.optimizer.accumulation, mesh
   )
   data = config_lib.typed(pipeline.DataConfig, config.data)
-  _claim(workdir, config)
   checkpoints = checkpoint.Checkpoints(workdir, config.log.keep)
   try:
     program = Program(config, mesh)
     step = checkpoints.latest() or 0
+    _claim(workdir, config, step)
     plan = stretches(config)
     if step:
       items = program.abstract_state()._asdict()
@@ -119,7 +121,7 @@ def train(
     else:
       given = initial_weights(config, program)
       source = pipeline.make_source(data)  # wrong data: before any compute
-      state = program.begin_stage(program.init(), plan[0].name, given)
+      state = program.begin_stage(program.init(), given)
     if step < plan[-1].last:
       if step:
         source = pipeline.make_source(data)
@@ -130,11 +132,11 @@ def train(
     checkpoints.close()
 
 
-def _claim(workdir: Path, config: ConfigDict) -> None:
-  """Writes config.json, or refuses a workdir that another config made."""
+def _claim(workdir: Path, config: ConfigDict, step: int) -> None:
+  """Writes config.json, or refuses a workdir that another config trained."""
   path = workdir / "config.json"
   values = config_lib.to_json(config)
-  if path.exists():
+  if step and path.exists():
     changed = config_lib.differences(checkpoint.read_json(path), values)
     if changed:
       raise UserError(
@@ -194,12 +196,14 @@ class _Run:
           if step >= stretch.last:
             continue
           if step == stretch.first and step:
-            state = self.program.begin_stage(state, stretch.name)
+            state = self.program.begin_stage(state)
           launch = self.program.step(stretch.name)
+          stage = self.program.config.stage[stretch.name]
           with self._bar(stretch, step) as bar:
             while step < stretch.last:
               batch = parallel.put_batch(next(batches), mesh)
-              state, metrics = launch(state, batch)
+              rate = optim.learning_rate(stage, step - stretch.first)
+              state, metrics = launch(state, batch, np.float32(rate))
               step += 1
               flight.append((metrics, parallel.any_process(bool(caught), mesh)))
               if len(flight) > AHEAD:

@@ -6,43 +6,43 @@ from ml_collections import ConfigDict
 from optax import contrib
 
 
-def schedule(stage: ConfigDict) -> optax.Schedule:
-  """Linear warm-up, constant, then linear decay over the last decay_steps."""
-  peak = stage.learning_rate
-  final = peak * stage.final_lr_ratio
-  begin_decay = stage.steps - stage.decay_steps
-  pieces, boundaries = [], []
-  if stage.warmup_steps:
-    pieces.append(optax.linear_schedule(0.0, peak, stage.warmup_steps))
-    boundaries.append(stage.warmup_steps)
-  pieces.append(optax.constant_schedule(peak))
-  if stage.decay_steps:
-    pieces.append(optax.linear_schedule(peak, final, stage.decay_steps))
-    boundaries.append(max(begin_decay, stage.warmup_steps))
-  return optax.join_schedules(pieces, boundaries)
+def learning_rate(stage: ConfigDict, step: int) -> float:
+  """Linear warm-up, constant, then linear decay over the last decay_steps.
+
+  Computed on the host and handed to the step, so that stages which differ in
+  their schedule alone share one compiled program.
+
+  Args:
+    stage: of the config.
+    step: counted from the stage's start.
+  """
+  rise = min(1.0, (step + 1) / (stage.warmup_steps + 1))
+  past = step - (stage.steps - stage.decay_steps)
+  fall = 1.0
+  if stage.decay_steps and past > 0:
+    fall = 1.0 - (1.0 - stage.final_lr_ratio) * past / stage.decay_steps
+  return stage.learning_rate * min(rise, fall)
 
 
-def make(
-  optimizer: ConfigDict, stage: ConfigDict
-) -> optax.GradientTransformation:
+def make(optimizer: ConfigDict) -> optax.GradientTransformation:
   """AdamW (or Muon for the blocks' matrices) under a global-norm clip.
 
-  Muon orthogonalizes the updates of the matrices inside blocks, layer by
-  layer of the stack, at `muon_ratio` times the learning rate; everything else
-  stays with AdamW.
+  The updates are those of learning rate 1: the step scales them. Muon
+  orthogonalizes the updates of the matrices inside blocks, layer by layer of
+  the stack, at `muon_ratio` times the learning rate; everything else stays
+  with AdamW.
   """
-  rate = schedule(stage)
-  adam = dict(b1=optimizer.b1, b2=optimizer.b2)
+  decay = optimizer.weight_decay
   if optimizer.name == "adamw":
-    tx = optax.adamw(rate, weight_decay=optimizer.weight_decay, **adam)
+    tx = optax.adamw(1.0, optimizer.b1, optimizer.b2, weight_decay=decay)
   else:
     tx = contrib.muon(
-      lambda count: optimizer.muon_ratio * rate(count),
-      weight_decay=optimizer.weight_decay / optimizer.muon_ratio,
+      optimizer.muon_ratio,
+      weight_decay=decay / optimizer.muon_ratio,
       adam_b1=optimizer.b1,
       adam_b2=optimizer.b2,
-      adam_weight_decay=optimizer.weight_decay,
-      adam_learning_rate=rate,
+      adam_weight_decay=decay,
+      adam_learning_rate=1.0,
       muon_weight_dimension_numbers=_matrices,
     )
   return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), tx)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,64 +74,81 @@ class Program:
     )
 
   def step(self, name: str) -> Step:
-    """The compiled training step of a stage; it donates the state."""
+    """The compiled training step of a stage; it donates the state.
+
+    Stages that differ in length or learning rate alone share a program.
+    """
+    stage = self.config.stage[name]
+    kind = (stage.history, stage.resampler, stage.resampling.to_json())
+    if kind not in self._steps:
+      self._steps[kind] = self._compile(name)
+    return self._steps[kind]
+
+  @functools.cached_property
+  def _steps(self) -> dict[Any, Step]:
+    return {}
+
+  def _compile(self, name: str) -> Step:
     stage, optimizer = self.config.stage[name], self.config.optimizer
     parallel.check_batch(
       self.config.data.batch_size, optimizer.accumulation, self.mesh
     )
     step = make_step(
       self.loss(name),
-      optim.make(optimizer, stage),
-      seed=self.config.seed,
+      optim.make(optimizer),
       ema_decay=optimizer.ema,
       accumulation=optimizer.accumulation,
       resampler=stage.resampler,
     )
-    shardings = self.shardings
+    everywhere = parallel.replicated(self.mesh)
     return jax.jit(
       step,
-      in_shardings=(shardings, parallel.batch_sharding(self.mesh)),
-      out_shardings=(shardings, parallel.replicated(self.mesh)),
+      in_shardings=(
+        self.shardings, parallel.batch_sharding(self.mesh), everywhere
+      ),
+      out_shardings=(self.shardings, everywhere),
       donate_argnums=0,
     )
 
-  def _create(self, key: jax.Array) -> TrainState:
+  def _create(self, seed: jax.Array) -> TrainState:
     """The state, still boxed with logical axes."""
     example = jax.tree.map(
       lambda s: jax.ShapeDtypeStruct((1, *s.shape[1:]), s.dtype), self.batch
     )
+    key = jax.random.key(seed)
     params = dit.init(self.model, key, example.x, example.text)
-    first = self.config.stage[self.config.stages[0]]
-    return state_lib.create(params, optim.make(self.config.optimizer, first))
+    return state_lib.create(params, optim.make(self.config.optimizer), seed)
 
-  def abstract_state(self) -> TrainState:
-    """Shapes, types and shardings, with nothing allocated."""
-    boxed = jax.eval_shape(self._create, jax.random.key(0))
-    return jax.tree.map(
-      lambda s, sharding: jax.ShapeDtypeStruct(
-        s.shape, s.dtype, sharding=sharding
-      ),
-      nn.meta.unbox(boxed),
-      self.shardings,
-    )
+  @functools.cached_property
+  def _boxed(self) -> TrainState:
+    return jax.eval_shape(self._create, jnp.uint32(0))
 
   @functools.cached_property
   def shardings(self) -> TrainState:
     """Where every leaf of the state lives."""
-    boxed = jax.eval_shape(self._create, jax.random.key(0))
-    return parallel.state_shardings(boxed, self.mesh)
+    return parallel.state_shardings(self._boxed, self.mesh)
+
+  def abstract_state(self) -> TrainState:
+    """Shapes, types and shardings, with nothing allocated."""
+    return jax.tree.map(
+      lambda s, sharding: jax.ShapeDtypeStruct(
+        s.shape, s.dtype, sharding=sharding
+      ),
+      nn.meta.unbox(self._boxed),
+      self.shardings,
+    )
 
   def init(self) -> TrainState:
     """A fresh state, made where its shards live."""
-    key = jax.random.key(self.config.seed)
-    make = lambda key: nn.meta.unbox(self._create(key))
-    return jax.jit(make, out_shardings=self.shardings)(key)
+    make = lambda seed: nn.meta.unbox(self._create(seed))
+    make = jax.jit(make, out_shardings=self.shardings)
+    return make(jnp.uint32(self.config.seed))
 
   def begin_stage(
-    self, state: TrainState, name: str, params: Params | None = None
+    self, state: TrainState, params: Params | None = None
   ) -> TrainState:
     """A fresh optimizer (and, if given, other weights) for a stage."""
-    tx = optim.make(self.config.optimizer, self.config.stage[name])
+    tx = optim.make(self.config.optimizer)
 
     def fresh(state, params):
       ema = state.ema
@@ -138,6 +156,8 @@ class Program:
         params = state.params
       else:
         ema = jax.tree.map(jnp.copy, params)
-      return TrainState(state.step, params, ema, tx.init(params))
+      return state._replace(
+        params=params, ema=ema, optimizer=tx.init(params)
+      )
 
     return jax.jit(fresh, out_shardings=self.shardings)(state, params)

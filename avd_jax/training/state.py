@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt32
 
 from avd_jax.typing import Params
 
@@ -15,17 +15,22 @@ class TrainState(NamedTuple):
     params: float32 weights.
     ema: their exponential moving average, what sampling uses.
     optimizer: the optimizer's state; made anew at each stage.
+    seed: of the run. It is data, not a constant of the compiled step, so that
+      runs which differ in it alone share one program.
   """
 
   step: Int[Array, ""]
   params: Params
   ema: Params
   optimizer: Any
+  seed: UInt32[Array, ""]
 
 
-def create(params: Params, tx: optax.GradientTransformation) -> TrainState:
+def create(
+  params: Params, tx: optax.GradientTransformation, seed: UInt32[Array, ""]
+) -> TrainState:
   """The state before the first step."""
   zero = jax.numpy.zeros((), jax.numpy.int32)
   # Copies, not aliases: every leaf of the state is donated to the step.
   ema = jax.tree.map(jax.numpy.copy, params)
-  return TrainState(zero, params, ema, tx.init(params))
+  return TrainState(zero, params, ema, tx.init(params), seed)

@@ -1,0 +1,29 @@
+"""What every test shares: eight CPU devices, checked types, a compile cache."""
+
+import os
+from pathlib import Path
+
+CACHE = Path(__file__).parent.parent / ".jax_cache"
+
+# Before jax is imported, and in the environment, so that the processes which
+# tests start run alike. Compiling costs these tests more than computing.
+for _name, _value in {
+  "JAX_PLATFORMS": "cpu",
+  "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+  "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}.items():
+  os.environ.setdefault(_name, _value)
+
+import chex  # noqa: E402
+
+chex.set_n_cpu_devices(8)
+
+import jaxtyping  # noqa: E402
+from absl import flags  # noqa: E402
+
+# Shapes and types are checked here and nowhere else: a user pays nothing.
+jaxtyping.install_import_hook("avd_jax", "beartype.beartype")
+
+if not flags.FLAGS.is_parsed():
+  flags.FLAGS.mark_as_parsed()

@@ -1,0 +1,88 @@
+"""The KV cache: a window is its ring, at any length."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from avd_jax.ops import kv_cache
+
+CASES = [
+  # chunks, window, sink, keep_all
+  (7, None, 0, False),
+  (12, 1, 0, False),
+  (12, 3, 0, False),
+  (12, 2, 1, False),
+  (12, 1, 3, False),
+  (12, 2, 2, True),
+  (3, 4, 2, False),  # shorter than its window
+  (2, 1, 2, False),  # all of it sink
+  (1, 2, 5, False),
+]
+
+
+def held_and_visible(layout, chunks):
+  """Tables [chunks, slots] of both, in one call."""
+  index = jnp.arange(chunks)
+  return (
+    np.asarray(jax.vmap(layout.slot)(index)),
+    np.asarray(jax.vmap(layout.held)(index)),
+    np.asarray(jax.vmap(layout.visible)(index)),
+  )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_video_played_through_the_slots(case):
+  chunks, window, sink, keep_all = case
+  layout = kv_cache.layout(chunks, window, sink, keep_all)
+  slot, held, visible = held_and_visible(layout, chunks)
+  contents = np.full(layout.slots, -1)
+  for chunk in range(chunks):
+    assert 0 <= slot[chunk] < layout.slots
+    contents[slot[chunk]] = chunk
+    np.testing.assert_array_equal(held[chunk], contents)
+    seen = sorted(contents[visible[chunk]])
+    wanted = [
+      k
+      for k in range(chunk + 1)
+      if window is None or chunk - k <= window or k < sink
+    ]
+    assert seen == wanted  # everything in sight is there, and nothing else
+
+
+def test_a_ring_never_grows():
+  """A windowed cache's size is the window's, however long the video."""
+  for window, sink in ((1, 0), (4, 2)):
+    short, long = (
+      kv_cache.layout(chunks, window, sink, False)
+      for chunks in (window + sink + 1, 10**6)
+    )
+    assert short.slots == long.slots == window + sink + 1
+  assert kv_cache.layout(10**6, 4, 2, True).slots == 10**6
+
+
+def test_far_chunks_find_their_slots():
+  layout = kv_cache.layout(10**9, 3, 2, False)
+  chunk = jnp.int32(10**9 - 1)
+  held = set(np.asarray(layout.held(chunk)).tolist())
+  assert held == {0, 1, *range(10**9 - 4, 10**9)}
+  assert np.asarray(layout.visible(chunk)).all()
+
+
+def test_write_changes_one_slot_and_casts():
+  rng = np.random.default_rng(0)
+  buffer = jnp.asarray(rng.normal(size=(2, 6, 1, 4)), jnp.bfloat16)
+  new = jnp.asarray(rng.normal(size=(2, 2, 1, 4)), jnp.float32)
+  written = jax.jit(kv_cache.write)(buffer, new, jnp.int32(1))
+  expected = np.array(buffer)
+  expected[:, 2:4] = np.asarray(new.astype(jnp.bfloat16))
+  assert written.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(written, expected)
+
+
+def test_init_has_a_buffer_per_layer():
+  cache = kv_cache.init(3, (2, 8, 1, 4), "float32")
+  assert len(cache.k) == len(cache.v) == 3
+  assert all(z.shape == (2, 8, 1, 4) for z in (*cache.k, *cache.v))
+  buffers = {z.unsafe_buffer_pointer() for z in (*cache.k, *cache.v)}
+  assert len(buffers) == 6  # not aliases: each is donated and written
