@@ -1,14 +1,16 @@
 # Everything lands in .venv, made by Python's own venv and pip; a second `make`
-# installs nothing. `make demo PYTHON=/path/to/python3.12` picks a Python.
+# installs nothing. Another Python beside it:
+#   make test PYTHON=python3.12 VENV=.venv-3.12
 
 SHELL := /bin/sh
-BIN := .venv/bin
-# Stamps: what .venv holds.
-CORE := .venv/.installed
-TEST := .venv/.installed-test
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Stamps: what the environment holds.
+CORE := $(VENV)/.installed
+TEST := $(VENV)/.installed-test
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
-# pytest processes; compiling, most of the work, takes a core each.
+# pytest processes; a file's tests stay together, they share what is compiled.
 WORKERS ?= 2
 
 # The first that is new enough, and runs: a version manager's shim may not.
@@ -29,10 +31,8 @@ install: $(CORE)
 demo: $(CORE)
 	$(BIN)/avd demo --workdir runs/demo $(DEMO_ARGS)
 
-# Compiled programs are kept for the next run, and for the next test.
 test: $(TEST)
-	JAX_COMPILATION_CACHE_DIR="$${JAX_COMPILATION_CACHE_DIR:-$$PWD/.jax_cache}" \
-	  $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(TEST)
 	$(BIN)/ruff check
@@ -40,7 +40,7 @@ lint: $(TEST)
 
 $(CORE): setup.cfg pyproject.toml
 	@$(make_venv)
-	@echo "installing avd_jax into .venv: a few minutes, once"
+	@echo "installing avd_jax into $(VENV): a few minutes, once"
 	@$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
@@ -61,6 +61,6 @@ fail() { echo "error: $$*" >&2; exit 1; }; \
 "$$python" -c 'import ensurepip, venv' 2>/dev/null \
   || fail "$$python cannot make environments (it lacks venv or ensurepip);" \
   "on Debian or Ubuntu: apt install python3-venv"; \
-echo "making .venv with $$("$$python" --version)"; \
-"$$python" -m venv .venv
+echo "making $(VENV) with $$("$$python" --version)"; \
+"$$python" -m venv $(VENV)
 endef

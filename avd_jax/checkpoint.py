@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from avd_jax.errors import UserError
@@ -55,13 +56,20 @@ class Checkpoints:
   def restore(self, step: int, targets: dict[str, Any]) -> dict[str, Any]:
     """The named trees at `step`, into the shapes and shardings of `targets`.
 
+    What has no sharding comes to the default device, wherever it was saved.
+
     Raises:
       UserError: a checkpoint that is torn, or of another shape.
     """
+    here = jnp.zeros(()).sharding
+
+    def placed(leaf):
+      leaf = ocp.utils.to_shape_dtype_struct(leaf)
+      sharding = leaf.sharding or here
+      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
     args = {
-      name: ocp.args.StandardRestore(
-        jax.tree.map(ocp.utils.to_shape_dtype_struct, {name: target})
-      )
+      name: ocp.args.StandardRestore(jax.tree.map(placed, {name: target}))
       for name, target in targets.items()
     }
     restored = self._restore(step, args)
@@ -77,7 +85,7 @@ class Checkpoints:
       reason = (str(cause).strip().splitlines() or [repr(cause)])[0][:200]
       raise UserError(
         f"checkpoint {self.path / str(step)} cannot be restored ({reason});"
-        " delete that directory to fall back to an older one"
+        " if it is damaged, delete that directory to fall back to an older one"
       ) from error
 
   def wait(self) -> None:

@@ -25,11 +25,18 @@ T = TypeVar("T")
 
 # A run may be resumed with other values here; everything else makes it
 # another run.
-FREE = ("log.", "mesh.", "sampling.", "evaluation.", "data.num_workers",
-        "data.num_threads")
+FREE = (
+  "log.",
+  "mesh.",
+  "sampling.",
+  "evaluation.",
+  "data.num_workers",
+  "data.num_threads",
+)
 HISTORIES = ("ground_truth", "self_resampled")
 
 AT_LEAST = {
+  "seed": 0,
   "loss.skip_chunks": 0,
   "optimizer.accumulation": 1,
   "log.every": 1,
@@ -41,10 +48,16 @@ AT_LEAST = {
   "evaluation.given": 0,
 }
 POSITIVE = (
-  "loss.shift", "sampling.shift", "optimizer.clip_norm", "optimizer.muon_ratio"
+  "loss.shift",
+  "sampling.shift",
+  "optimizer.clip_norm",
+  "optimizer.muon_ratio",
 )
 BELOW_ONE = (
-  "loss.text_dropout", "optimizer.ema", "optimizer.b1", "optimizer.b2"
+  "loss.text_dropout",
+  "optimizer.ema",
+  "optimizer.b1",
+  "optimizer.b2",
 )
 
 
@@ -69,9 +82,20 @@ def default() -> ConfigDict:
   """A tiny world on a laptop; every other config changes this one."""
   model = dataclasses.asdict(
     DiTConfig(
-      dim=64, ffn_dim=192, num_heads=4, num_layers=3, patch=6, channels=3,
-      text="bytes", text_dim=32, text_tokens=4, freq_dim=64, chunk_frames=1,
-      prediction="x0", remat="none", scan_unroll=3,
+      dim=64,
+      ffn_dim=192,
+      num_heads=4,
+      num_layers=3,
+      patch=6,
+      channels=3,
+      text="bytes",
+      text_dim=32,
+      text_tokens=4,
+      freq_dim=64,
+      chunk_frames=1,
+      prediction="x0",
+      remat="none",
+      scan_unroll=3,
     )
   )
   data = dataclasses.asdict(DataConfig())
@@ -94,7 +118,11 @@ def default() -> ConfigDict:
       optimizer=dict(
         name="adamw",  # or "muon", for the matrices inside blocks
         muon_ratio=6.5,  # muon's learning rate over adam's
-        b1=0.9, b2=0.99, weight_decay=0.01, clip_norm=1.0, ema=0.99,
+        b1=0.9,
+        b2=0.99,
+        weight_decay=0.01,
+        clip_norm=1.0,
+        ema=0.99,
         accumulation=1,
       ),
       # Run in this order; each is a section of `stage`.
@@ -207,7 +235,8 @@ def check(config: ConfigDict) -> None:
       " captions take 'bytes' (or 'none')"
     )
   for name, frames in (
-    ("data.frames", data.frames), ("evaluation.frames", config.evaluation.frames)
+    ("data.frames", data.frames),
+    ("evaluation.frames", config.evaluation.frames),
   ):
     if frames % model.chunk_frames:
       raise UserError(
@@ -258,8 +287,8 @@ def _same_fields(prefix: str, section: ConfigDict, like: ConfigDict) -> None:
 
 def _check_ranges(config: ConfigDict) -> None:
   def value(name):
-    section, field = name.split(".")
-    return config[section][field]
+    section, _, field = name.rpartition(".")
+    return config[section][field] if section else config[field]
 
   for name, least in AT_LEAST.items():
     if value(name) < least:

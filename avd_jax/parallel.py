@@ -67,7 +67,11 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
 
 
 def state_shardings(abstract: Any, mesh: Mesh) -> Any:
-  """Shardings of a tree whose leaves may be boxed with logical axes."""
+  """Shardings of a tree whose leaves may be boxed with logical axes.
+
+  Raises:
+    UserError: a leaf that the mesh does not cut evenly.
+  """
 
   def sharding(leaf):
     if not isinstance(leaf, nn.LogicallyPartitioned):
@@ -75,7 +79,16 @@ def state_shardings(abstract: Any, mesh: Mesh) -> Any:
     if not jax.tree.leaves(leaf.value):
       return leaf.value  # where an optimizer masks a parameter out
     spec = nn.logical_to_mesh_axes(leaf.names, RULES)
-    return NamedSharding(mesh, spec)
+    sharding = NamedSharding(mesh, spec)
+    try:
+      sharding.shard_shape(leaf.value.shape)
+    except ValueError as error:
+      raise UserError(
+        f"mesh {tuple(mesh.shape.values())} over {AXES} cannot cut parameters"
+        f" of shape {leaf.value.shape} along {spec}; change mesh.fsdp or"
+        " mesh.tensor, or the model's widths"
+      ) from error
+    return sharding
 
   boxed = lambda x: isinstance(x, nn.LogicallyPartitioned)
   return jax.tree.map(sharding, abstract, is_leaf=boxed)

@@ -22,6 +22,7 @@ from avd_jax import config as config_lib
 from avd_jax.data.pipeline import DataConfig
 from avd_jax.diffusion import guidance, rollout, solvers
 from avd_jax.errors import UserError
+from avd_jax.models import denoiser as denoiser_lib
 from avd_jax.models import dit
 from avd_jax.typing import Denoiser, Params
 
@@ -44,7 +45,10 @@ class Sampler:
 
   @functools.cached_property
   def _denoiser(self) -> Denoiser:
-    denoiser, scale = dit.make_denoiser(self.model), self.config.sampling.guidance
+    denoiser, scale = (
+      denoiser_lib.make(self.model),
+      self.config.sampling.guidance,
+    )
     if scale == 1.0 or self.model.text == "none":
       return denoiser
     null = jnp.zeros((self.config.data.text_length,), jnp.int32)
@@ -65,9 +69,9 @@ class Sampler:
         first + jnp.arange(chunks)
       )
       b, _, *space = shape
-      noise = jax.vmap(
-        lambda k: jax.random.normal(k, (b, frames, *space))
-      )(keys)
+      noise = jax.vmap(lambda k: jax.random.normal(k, (b, frames, *space)))(
+        keys
+      )
       return rollout.rollout(
         self._denoiser,
         params,
@@ -161,7 +165,7 @@ def load(workdir: str | Path) -> Sampler:
     shape = (1, model.chunk_frames, data.height, data.width, model.channels)
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     text = jax.ShapeDtypeStruct((1, data.text_length), jnp.int32)
-    target = dit.abstract_params(model, x, text)
+    target = denoiser_lib.abstract_params(model, x, text)
     return Sampler(config, checkpoints.restore(step, {"ema": target})["ema"])
   finally:
     checkpoints.close()

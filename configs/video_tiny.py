@@ -13,13 +13,28 @@ from avd_jax import config as base
 def get_config():
   config = base.default()
   config.data.update(
-    source="video", frames=16, height=32, width=48, fps=8.0, batch_size=8,
+    source="video",
+    frames=16,
+    height=32,
+    width=48,
+    fps=8.0,
+    batch_size=8,
     text_length=128,
   )
   config.model.update(
-    dim=192, ffn_dim=576, num_heads=6, num_layers=4, patch=8, window=5, sink=1,
-    text="bytes", text_dim=64, spatial_embedding=(4, 6), gate_init=0.5,
-    rope_theta=100.0, scan_unroll=4,
+    dim=192,
+    ffn_dim=576,
+    num_heads=6,
+    num_layers=4,
+    patch=8,
+    window=5,
+    sink=1,
+    text="bytes",
+    text_dim=64,
+    spatial_embedding=(4, 6),
+    gate_init=0.5,
+    rope_theta=100.0,
+    scan_unroll=4,
   )
   config.optimizer.update(name="muon")
   config.stages = ("warmup", "resampling_forcing")

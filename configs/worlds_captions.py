@@ -15,13 +15,30 @@ from avd_jax import config as base
 def get_config():
   config = base.default()
   config.data.update(
-    frames=10, height=16, width=16, num_balls=2, radius=3.0, speed=1.6,
-    caption_detail="colour", text_length=64,
+    frames=10,
+    height=16,
+    width=16,
+    num_balls=2,
+    radius=3.0,
+    speed=1.6,
+    caption_detail="colour",
+    text_length=64,
   )
   config.model.update(
-    dim=96, ffn_dim=288, num_heads=3, num_layers=4, patch=8, window=4, sink=1,
-    text="bytes", text_dim=48, text_tokens=4, spatial_embedding=(2, 2),
-    gate_init=0.5, rope_theta=100.0, scan_unroll=4,
+    dim=96,
+    ffn_dim=288,
+    num_heads=3,
+    num_layers=4,
+    patch=8,
+    window=4,
+    sink=1,
+    text="bytes",
+    text_dim=48,
+    text_tokens=4,
+    spatial_embedding=(2, 2),
+    gate_init=0.5,
+    rope_theta=100.0,
+    scan_unroll=4,
   )
   config.optimizer.update(name="muon")
   config.stages = ("warmup", "resampling_forcing")

@@ -93,5 +93,3 @@ def batch(b=2, f=6, seed=0):
   rng = np.random.default_rng(seed)
   x = jnp.asarray(rng.normal(size=(b, f, 1, 2, 3)), jnp.float32)
   return x, jnp.asarray(rng.integers(0, 9, (b, 4)), jnp.int32)
-
-

@@ -20,7 +20,7 @@ def environment():
 
 
 def run(*command, timeout=240):
-  """Runs a command to its end; stdout, stderr and returncode are in the result."""
+  """Runs a command to its end: its stdout, stderr and returncode."""
   return subprocess.run(
     command,
     cwd=ROOT,
@@ -48,10 +48,13 @@ def started(*command):
   try:
     yield process
   finally:
-    if process.poll() is None:
-      with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    # Asked first: a launcher, killed, could not end what it has launched.
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+      if process.poll() is None:
+        process.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+          process.communicate(timeout=10)
+    process.stdout.close()
 
 
 def rows(workdir):

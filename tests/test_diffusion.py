@@ -14,7 +14,7 @@ from avd_jax.diffusion import flow_matching, guidance, rollout, solvers
 from avd_jax.errors import UserError
 from avd_jax.typing import History
 
-# --- the path -------------------------------------------------------------
+# --- the path ----------------------------------------------------------------
 
 
 def test_interpolation_runs_from_clean_to_noise():
@@ -38,9 +38,7 @@ def test_velocity_is_the_derivative_of_the_path():
   x, noise = linear.batch(seed=1)[0], linear.batch(seed=2)[0]
   path = lambda t: flow_matching.interpolate(x, noise, t)
   _, slope = jax.jvp(path, (jnp.float32(0.3),), (jnp.float32(1),))
-  np.testing.assert_allclose(
-    slope, flow_matching.velocity(x, noise), atol=1e-6
-  )
+  np.testing.assert_allclose(slope, flow_matching.velocity(x, noise), atol=1e-6)
 
 
 @pytest.mark.parametrize("s", [0.1, 0.6, 1.0, 3.0, 5.0])
@@ -76,7 +74,7 @@ def test_per_frame_repeats_a_chunk_s_level():
   )
 
 
-# --- solvers --------------------------------------------------------------
+# --- solvers -----------------------------------------------------------------
 
 
 def test_time_grid_of_the_papers():
@@ -138,11 +136,12 @@ def test_the_cache_is_threaded_through_every_evaluation(steps):
 
 def test_unknown_solvers_are_refused():
   with pytest.raises(UserError, match="'rk4' is not one of euler, heun"):
-    solvers.solve(lambda *a: a, jnp.ones((1, 1)), jnp.ones(1), jnp.ones(2), (),
-                  "rk4")
+    solvers.solve(
+      lambda *a: a, jnp.ones((1, 1)), jnp.ones(1), jnp.ones(2), (), "rk4"
+    )
 
 
-# --- the rollout ----------------------------------------------------------
+# --- the rollout -------------------------------------------------------------
 
 
 def loop(start, t_start, text, grid, solver, keep=None, told=None):
@@ -172,8 +171,9 @@ def setting(request):
   frames = request.param
   start, text = linear.batch(f=4 * frames)
   rng = np.random.default_rng(5)
-  level, told = (jnp.asarray(rng.uniform(0.2, 1, (2, 4)), jnp.float32)
-                 for _ in range(2))
+  level, told = (
+    jnp.asarray(rng.uniform(0.2, 1, (2, 4)), jnp.float32) for _ in range(2)
+  )
   kept = jnp.array([[True, False, True, False], [False, True, False, False]])
   given = linear.batch(f=4 * frames, seed=7)[0]
   return linear.denoiser(frames), start, level, text, (kept, given), told
@@ -191,14 +191,26 @@ def test_rollout_is_the_plain_loop(setting, solver):
   def roll(keep, told):
     cache = denoiser.init_cache(start[:, : denoiser.chunk_frames], 4)
     return rollout.rollout(
-      denoiser, linear.params(), start, level, text, cache,
-      grid=grid, solver=solver, keep=keep, told=told,
+      denoiser,
+      linear.params(),
+      start,
+      level,
+      text,
+      cache,
+      grid=grid,
+      solver=solver,
+      keep=keep,
+      told=told,
     )
 
   for k, u in ((None, None), (keep, told)):
     made, cache = roll(k, u)
     expected = loop(
-      split(start), np.asarray(level), text, grid, solver,
+      split(start),
+      np.asarray(level),
+      text,
+      grid,
+      solver,
       None if k is None else (np.asarray(k[0]), split(k[1])),
       None if u is None else np.asarray(u),
     )
@@ -219,16 +231,16 @@ def test_segments_are_the_rollout_in_one_go(setting):
   )
   fresh = denoiser.init_cache(start[:, : denoiser.chunk_frames], 4)
   whole, whole_cache = roll(linear.params(), start, level, text, fresh)
-  head, cache = roll(
-    linear.params(), start[:, :cut], level[:, :3], text, fresh
-  )
+  head, cache = roll(linear.params(), start[:, :cut], level[:, :3], text, fresh)
   tail, cache = roll(
-    linear.params(), start[:, cut:], level[:, 3:], text, cache,
+    linear.params(),
+    start[:, cut:],
+    level[:, 3:],
+    text,
+    cache,
     first_chunk=jnp.int32(3),
   )
-  np.testing.assert_allclose(
-    jnp.concatenate([head, tail], 1), whole, atol=1e-6
-  )
+  np.testing.assert_allclose(jnp.concatenate([head, tail], 1), whole, atol=1e-6)
   for ours, theirs in zip(cache, whole_cache, strict=True):
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
@@ -240,7 +252,13 @@ def test_prefill_is_keeping_the_given_chunks(setting):
   grid = solvers.time_grid(2)
   fresh = denoiser.init_cache(start[:, :frames], 4)
   kept, kept_cache = rollout.rollout(
-    denoiser, linear.params(), start, level, text, fresh, grid=grid,
+    denoiser,
+    linear.params(),
+    start,
+    level,
+    text,
+    fresh,
+    grid=grid,
     keep=(jnp.broadcast_to(jnp.arange(4) < 2, (2, 4)), given),
   )
   cut = 2 * frames
@@ -251,8 +269,14 @@ def test_prefill_is_keeping_the_given_chunks(setting):
     denoiser, linear.params(), given[:, frames:cut], text, cache, first_chunk=1
   )
   made, cache = rollout.rollout(
-    denoiser, linear.params(), start[:, cut:], level[:, 2:], text, cache,
-    grid=grid, first_chunk=2,
+    denoiser,
+    linear.params(),
+    start[:, cut:],
+    level[:, 2:],
+    text,
+    cache,
+    grid=grid,
+    first_chunk=2,
   )
   np.testing.assert_allclose(made, kept[:, cut:], atol=1e-6)
   np.testing.assert_array_equal(kept[:, :cut], given[:, :cut])
@@ -268,7 +292,7 @@ def test_chunks_split_and_join():
   np.testing.assert_array_equal(rollout.join_chunks(chunks), x)
 
 
-# --- guidance -------------------------------------------------------------
+# --- guidance ----------------------------------------------------------------
 
 
 def guided(scale):
@@ -300,7 +324,12 @@ def test_guided_rollout_is_the_loop_with_two_histories():
   nulls = jnp.broadcast_to(null, text.shape)
   fresh = lambda d: d.init_cache(start[:, :1], 3)
   made, _ = rollout.rollout(
-    wrapped, params, start, jnp.ones((2, 3)), text, fresh(wrapped),
+    wrapped,
+    params,
+    start,
+    jnp.ones((2, 3)),
+    text,
+    fresh(wrapped),
     grid=solvers.time_grid(2),
   )
   cache, branches = fresh(plain), []

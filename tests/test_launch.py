@@ -1,23 +1,31 @@
 """Several processes train as one: the same numbers, one end for all."""
 
+import dataclasses
 import os
 import shutil
 import signal
 import subprocess
-import types
+import sys
+from pathlib import Path
 
 import jax
-import numpy as np
+import programs
 import pytest
 
-import programs
 from avd_jax import config as config_lib
 from avd_jax import parallel
 from avd_jax.errors import UserError
 from avd_jax.training import loop
 
 LOCAL = str(programs.ROOT / "launch" / "local.sh")
-STAGE = "--config.stages=('resampling_forcing',)"
+# Beside this Python, whether or not its environment is active.
+SHELLCHECK = shutil.which(
+  "shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+)
+CHANGES = (
+  "--config.stages=('resampling_forcing',)",
+  "--config.model.text=none",
+)
 STEPS = "--config.stage.resampling_forcing.steps="
 
 
@@ -33,7 +41,7 @@ def test_two_processes_train_as_one_stop_together_and_die_together(tmp_path):
   command = [
     LOCAL, "2", "bash", "-c", leave_id, "avd",
     *programs.AVD, "train", "--config", programs.TINY,
-    "--workdir", str(workdir), STAGE, STEPS + "100000",
+    "--workdir", str(workdir), *CHANGES, STEPS + "100000",
     "--config.log.checkpoint_every=1000000",
   ]  # fmt: skip
 
@@ -47,7 +55,7 @@ def test_two_processes_train_as_one_stop_together_and_die_together(tmp_path):
   (stopped,) = checkpoint_steps(workdir)
   assert stopped >= 4
 
-  config = config_lib.load(programs.TINY, [STAGE, STEPS + "4"])
+  config = config_lib.load(programs.TINY, [*CHANGES, STEPS + "4"])
   mesh = parallel.make_mesh(jax.devices()[:1], (1, 1, 1, 1))
   loop.train(config, tmp_path / "one", mesh, progress=False)
   one, two = programs.rows(tmp_path / "one"), programs.rows(workdir)
@@ -56,8 +64,8 @@ def test_two_processes_train_as_one_stop_together_and_die_together(tmp_path):
     for name in ("step", "loss", "grad_norm", "history_error"):
       assert together[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-6)
 
-  # The same command goes on, on another mesh even; then one process is shot.
-  with programs.started(*command, "--config.mesh.fsdp=2") as process:
+  # The same command goes on; then one process is shot.
+  with programs.started(*command) as process:
     programs.wait_for_step(process, workdir, stopped + 2)
     other = int((tmp_path / "id_1").read_text())
     os.kill(other, signal.SIGKILL)
@@ -110,19 +118,27 @@ def test_wrong_use_is_told_in_a_line(arguments, message):
   assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck")
-def test_the_scripts_are_clean():
-  scripts = [LOCAL, str(programs.ROOT / ".ci" / "run")]
-  done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("script", ["launch/local.sh", ".ci/run"])
+def test_the_scripts_are_clean(script):
+  done = subprocess.run(
+    [SHELLCHECK, programs.ROOT / script], capture_output=True, text=True
+  )
   assert done.returncode == 0, done.stdout
 
 
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """What a mesh needs to know of a device elsewhere."""
+
+  id: int
+  process_index: int
+  platform: str = "cpu"
+
+
 def mesh_of(processes, shape):
-  """A mesh of devices that know nothing but their process."""
-  devices = [types.SimpleNamespace(process_index=p) for p in processes]
-  devices = np.array(devices).reshape(shape)
-  sizes = dict(zip(parallel.AXES, shape, strict=True))
-  return types.SimpleNamespace(devices=devices, shape=sizes)
+  devices = [Device(i, process) for i, process in enumerate(processes)]
+  return parallel.make_mesh(devices, shape)
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,15 @@ NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 LONGEST = 450  # lines
 # No purpose, so anything ends up in them.
 DRAWERS = {"utils.py", "util.py", "common.py", "helpers.py", "misc.py"}
-PURE = ("typing", "errors", "parallel", "ops", "diffusion", "models",
-        "algorithms")
+PURE = (
+  "typing",
+  "errors",
+  "parallel",
+  "ops",
+  "diffusion",
+  "models",
+  "algorithms",
+)
 HEAVY = ("grain", "tensorflow_datasets", "av", "ml_collections")
 
 

@@ -103,7 +103,5 @@ def test_measured_table_is_the_committed_evidence():
   ):
     shown = [float(re.match(r"[\d.]+", cell)[0]) for cell in rows[label]]
     assert shown == [round(scale * m[key][2], digits) for m in runs]
-  shown = [
-    float(re.match(r"[\d.]+", c)[0]) for c in rows["drift Delta (dB)"]
-  ]
+  shown = [float(re.match(r"[\d.]+", c)[0]) for c in rows["drift Delta (dB)"]]
   assert shown == [round(m["delta_db"], 2) for m in runs]

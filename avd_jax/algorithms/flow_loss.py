@@ -49,7 +49,9 @@ def flow_loss(
     text = batch.text
     if text_dropout:
       text = drop_text(text, null_text, key_text, text_dropout)
-    h = history(params if resampler is None else resampler, x, text, key_history)
+    h = history(
+      params if resampler is None else resampler, x, text, key_history
+    )
     n = x.shape[1] // denoiser.chunk_frames
     t = sample_levels(key_level, (x.shape[0], n))
     noise = jax.random.normal(key_noise, x.shape, x.dtype)

@@ -10,9 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from avd_jax.diffusion import flow_matching
-from avd_jax.diffusion import rollout
-from avd_jax.diffusion import solvers
+from avd_jax.diffusion import flow_matching, rollout, solvers
 from avd_jax.errors import UserError
 from avd_jax.typing import Denoiser, History, HistoryFn
 
@@ -36,7 +34,8 @@ class Resampling:
     shift: s of Eq. 7; below 1 moves t_s to low noise.
     steps: Euler steps from t_s to clean; the paper takes one.
     clean_prefix: first chunks that stay as given, as a prompt's are at test.
-    random_prefix: draw each video's prefix from [clean_prefix, n) instead.
+    random_prefix: draw each video's prefix from [clean_prefix, n) instead,
+      n being the chunks of a video.
     share: share of videos whose history is degraded at all.
     tell: tell the model the level t_s (0 for clean chunks) instead of 0.
     detached: hand on the rollout's own KV cache as the history, so that the
@@ -84,21 +83,29 @@ def self_resampled(
 
   Chunk after chunk, each is noised to a level t_s that the video's chunks
   share, and solved back to clean on top of the already degraded chunks before
-  it. Nothing in here carries a gradient. [RF Eq. 5] [RF Alg. 1]
+  it. The last chunk stays clean: no chunk comes after it to be conditioned.
+  Nothing in here carries a gradient. [RF Eq. 5] [RF Alg. 1]
   """
   sample_level = flow_matching.logit_normal(options.shift)
 
   def make(params, x, text, key):
     key_level, key_noise, key_clean = jax.random.split(key, 3)
     b, n = x.shape[0], x.shape[1] // denoiser.chunk_frames
-    clean = _clean_chunks(options, key_clean, b, n)
+    clean = _clean_chunks(options, key_clean, b, n).at[:, -1].set(True)
     level = jnp.broadcast_to(sample_level(key_level, (b, 1)), (b, n))
     level = jnp.where(clean, 0.0, level)
     told = level if options.tell else jnp.zeros_like(level)
     noise = jax.random.normal(key_noise, x.shape, x.dtype)
     frames = flow_matching.per_frame(level, denoiser.chunk_frames)
     remade, cache = _remake(
-      denoiser, options, params, x, text, level, told, clean,
+      denoiser,
+      options,
+      params,
+      x,
+      text,
+      level,
+      told,
+      clean,
       flow_matching.interpolate(x, noise, frames),
     )
     history = History(remade, told, cache if options.detached else None)
@@ -109,22 +116,24 @@ def self_resampled(
 
 def _remake(denoiser, options, params, x, text, level, told, clean, noised):
   """Prefills the prefix that every video shares, then rolls out the rest."""
-  frames = denoiser.chunk_frames
-  given = 0 if options.random_prefix else options.clean_prefix
-  given = min(given, level.shape[1])
-  cut = given * frames
-  cache = denoiser.init_cache(
-    x[:, :frames], level.shape[1], keep_all=options.detached
-  )
+  frames, n = denoiser.chunk_frames, level.shape[1]
+  given = 0 if options.random_prefix else min(options.clean_prefix, n - 1)
+  cut, end = given * frames, (n - 1) * frames
+  cache = denoiser.init_cache(x[:, :frames], n, keep_all=options.detached)
   if given:
     cache = rollout.prefill(denoiser, params, x[:, :cut], text, cache)
   made: Float[Array, "b f h w c"] = x[:, :0]
-  if given < level.shape[1]:
+  if cut < end:
     made, cache = rollout.rollout(
-      denoiser, params, noised[:, cut:], level[:, given:], text, cache,
+      denoiser,
+      params,
+      noised[:, cut:end],
+      level[:, given:-1],
+      text,
+      cache,
       grid=solvers.time_grid(options.steps),
       first_chunk=given,
-      keep=(clean[:, given:], x[:, cut:]),
-      told=told[:, given:],
+      keep=(clean[:, given:-1], x[:, cut:end]),
+      told=told[:, given:-1],
     )
-  return jnp.concatenate([x[:, :cut], made], 1), cache
+  return jnp.concatenate([x[:, :cut], made, x[:, end:]], 1), cache

@@ -34,9 +34,7 @@ def classifier_free(
     keep = None if history is None else history.cache
     both = jax.tree.map(twice, history and history._replace(cache=None))
     both = both and both._replace(cache=keep)
-    return mix(
-      denoiser.parallel(params, twice(x), twice(t), texts(text), both)
-    )
+    return mix(denoiser.parallel(params, twice(x), twice(t), texts(text), both))
 
   def cached(params, x, t, text, cache, chunk):
     v, cache = denoiser.cached(

@@ -80,9 +80,7 @@ def rollout(
 
   def chunk_step(cache, inputs):
     chunk, x, t, told, kept = inputs
-    call = lambda x, t, cache: denoiser.cached(
-      params, x, t, text, cache, chunk
-    )
+    call = lambda x, t, cache: denoiser.cached(params, x, t, text, cache, chunk)
     x, cache = solvers.solve(call, x, t, grid, cache, solver)
     if kept is not None:
       which, value = kept

@@ -1,9 +1,7 @@
 """CausalDiT: Wan2.1's diffusion transformer, made causal over chunks.
 
-One set of weights, two faces (`typing.Denoiser`): `parallel` runs all chunks
-under the training mask, scanning over layers; `cached` runs one chunk against
-a KV cache, with the layers unrolled over the same stacked parameters, so that
-each layer's cache is updated in place. Tests hold the two equal.
+Here is the network and its parallel pass, all chunks at once under a mask;
+`denoiser.py` has its other face, a chunk against a KV cache.
 
 The architecture is Wan's to the letter (per-chunk timestep modulation, qk
 RMSNorm over the full width, 3D rotary positions, cross-attention to text,
@@ -23,11 +21,8 @@ from jaxtyping import Array, Float
 from avd_jax.errors import UserError
 from avd_jax.models import layers
 from avd_jax.models import text as text_lib
-from avd_jax.ops import attention
-from avd_jax.ops import kv_cache
-from avd_jax.ops import masks
-from avd_jax.ops import rope
-from avd_jax.typing import Denoiser, History, Params, Text
+from avd_jax.ops import attention, masks, rope
+from avd_jax.typing import History, Text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +82,17 @@ class DiTConfig:
 
   def __post_init__(self):
     for field in (
-      "dim", "ffn_dim", "num_heads", "num_layers", "patch", "channels",
-      "text_dim", "text_tokens", "chunk_frames", "min_t", "scan_unroll",
+      "dim",
+      "ffn_dim",
+      "num_heads",
+      "num_layers",
+      "patch",
+      "channels",
+      "text_dim",
+      "text_tokens",
+      "chunk_frames",
+      "min_t",
+      "scan_unroll",
     ):
       if getattr(self, field) <= 0:
         raise UserError(f"model.{field} {getattr(self, field)}: not positive")
@@ -305,12 +309,12 @@ class CausalDiT(nn.Module):
     self.time_embedding = layers.MLP(
       c.dim, c.dim, nn.silu, (None, "heads", "embed"), "float32", normal
     )
-    self.time_projection = layers.dense(
-      6 * c.dim, ("embed", None), "float32"
-    )
+    self.time_projection = layers.dense(6 * c.dim, ("embed", None), "float32")
     self.blocks = self._stack()
     self.head = layers.dense(
-      c.patch**2 * c.channels, ("embed", None), c.dtype,
+      c.patch**2 * c.channels,
+      ("embed", None),
+      c.dtype,
       nn.initializers.zeros,
     )
     self.head_modulation = self.param(
@@ -425,133 +429,3 @@ class CausalDiT(nn.Module):
       return grid(frames), None
     far = jnp.maximum(chunk - (c.sink + c.window), 0) * c.chunk_frames
     return grid(frames), grid(frames - far)
-
-
-def _cached(
-  cfg: DiTConfig,
-  params: Params,
-  x: Float[Array, "b f h w c"],
-  t: Float[Array, "b"],
-  text: Text,
-  cache: "Cache",
-  chunk: Array,
-) -> tuple[Float[Array, "b f h w c"], "Cache"]:
-  """One chunk against the cache: the second face of the same weights."""
-  model = CausalDiT(cfg)
-  call = functools.partial(model.apply, {"params": params})
-  t = t[:, None]
-  e, e0, context = call(t, text, method="condition")
-  tokens = call(x, method="embed")
-  frames = chunk * cfg.chunk_frames + jnp.arange(cfg.chunk_frames)
-  angles, sink_angles = call(
-    x, frames // cfg.chunk_frames, frames, method="angles"
-  )
-  layout = cache.layout
-  slot, see = layout.slot(chunk), layout.visible(chunk)
-  see = jnp.repeat(see, tokens.shape[2])[None]
-  split = layout.sink * tokens.shape[2]
-  keys, values = list(cache.kv.k), list(cache.kv.v)
-  for l in range(cfg.num_layers):
-    weights = {"params": jax.tree.map(lambda w: w[l], params["blocks"])}
-    block = functools.partial(Block(cfg).apply, weights)
-    q, k, v = block(tokens, e0, method="qkv")
-    keys[l] = kv_cache.write(keys[l], rope.rotate(k, angles), slot)
-    values[l] = kv_cache.write(values[l], v, slot)
-    out = attention.reference(
-      rope.rotate(q, angles), keys[l][:, split:], values[l][:, split:],
-      see[:, split:],
-    )
-    if split:
-      to_sink = attention.reference(
-        rope.rotate(q, sink_angles), keys[l][:, :split], values[l][:, :split],
-        see[:, :split],
-      )
-      out = attention.merge(out, to_sink)
-    tokens = block(tokens, e0, out[0], context, method="finish")
-  v = call(tokens, e, x, t, method="predict")
-  kv = kv_cache.KVCache(tuple(keys), tuple(values))
-  return v, dataclasses.replace(cache, kv=kv)
-
-
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=["kv"],
-  meta_fields=["layout"],
-)
-@dataclasses.dataclass(frozen=True)
-class Cache:
-  """A KV cache and, as static data, where chunks live in it."""
-
-  kv: kv_cache.KVCache
-  layout: kv_cache.Layout
-
-  @property
-  def k(self):
-    return self.kv.k
-
-  @property
-  def v(self):
-    return self.kv.v
-
-
-def make_denoiser(cfg: DiTConfig) -> Denoiser:
-  """The two faces of a CausalDiT."""
-
-  def parallel(params, x, t, text, history=None):
-    model = CausalDiT(cfg, history is not None)
-    return model.apply({"params": params}, x, t, text, history)
-
-  def init_cache(x, chunks, keep_all=False):
-    """An empty cache; `x` [b f h w c] is a chunk, or has its shape."""
-    rows, columns = cfg.grid(x.shape[2], x.shape[3])
-    layout = kv_cache.layout(chunks, cfg.window, cfg.sink, keep_all)
-    tokens = layout.slots * cfg.chunk_frames * rows * columns
-    shape = (x.shape[0], tokens, cfg.num_heads, cfg.head_dim)
-    return Cache(kv_cache.init(cfg.num_layers, shape, cfg.dtype), layout)
-
-  return Denoiser(
-    parallel, functools.partial(_cached, cfg), init_cache, cfg.chunk_frames
-  )
-
-
-def init(cfg: DiTConfig, key: Array, x, text) -> Params:
-  """Parameters, boxed with their logical axes (`flax.linen.meta`).
-
-  Args:
-    cfg: the network.
-    key: a PRNG key.
-    x: a batch of videos [b f h w c], or its shape.
-    text: its text.
-  """
-  x = jnp.zeros(x.shape)
-  t = jnp.zeros((x.shape[0], x.shape[1] // cfg.chunk_frames))
-  text = jnp.zeros(text.shape, text.dtype)
-  return CausalDiT(cfg).init(key, x, t, text)["params"]
-
-
-def abstract_params(cfg: DiTConfig, x, text) -> Params:
-  """Shapes and types of the parameters, on one device, nothing allocated."""
-  boxed = jax.eval_shape(
-    lambda key: init(cfg, key, x, text), jax.random.key(0)
-  )
-  return nn.meta.unbox(boxed)
-
-
-def forward_flops(
-  cfg: DiTConfig, frames: int, height: int, width: int, streams: int
-) -> int:
-  """Multiply-adds, times two, that a parallel pass over one video needs.
-
-  Linear layers of every token and attention over visible pairs only, whatever
-  an implementation really computes; embeddings and text are left out.
-  """
-  rows, columns = cfg.grid(height, width)
-  tokens = cfg.chunk_frames * rows * columns
-  chunks = frames // cfg.chunk_frames
-  mask = masks.history_mask(streams, cfg.window, cfg.sink)
-  pairs = int(masks.chunk_table(mask, chunks, streams).sum()) * tokens**2
-  linear = 4 * cfg.dim**2 + 2 * cfg.dim * cfg.ffn_dim
-  if cfg.text != "none":
-    linear += 2 * cfg.dim**2
-  all_tokens = streams * chunks * tokens
-  return cfg.num_layers * (2 * all_tokens * linear + 4 * pairs * cfg.dim)

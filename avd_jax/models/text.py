@@ -39,9 +39,17 @@ class ByteConditioner(nn.Module):
     queries = self.param("queries", normal, (self.tokens, self.dim))
     # Neighbours are mixed before pooling: a bag of bytes has no words.
     x = table.astype(self.dtype)[ids] + places.astype(self.dtype)
-    x = nn.gelu(
-      nn.Conv(self.dim, (5,), dtype=self.dtype, name="words")(x)
+    words = nn.Conv(
+      self.dim,
+      (5,),
+      dtype=self.dtype,
+      kernel_init=nn.with_logical_partitioning(
+        nn.initializers.lecun_normal(), (None, "embed", None)
+      ),
+      bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (None,)),
+      name="words",
     )
+    x = nn.gelu(words(x))
     keys = layers.dense(self.dim, ("embed", None), self.dtype, name="k")(x)
     values = layers.dense(self.dim, ("embed", None), self.dtype, name="v")(x)
     q = jnp.broadcast_to(

@@ -65,12 +65,11 @@ def reference(
 
 def merge(*branches: Out) -> Out:
   """One softmax over the union of the branches' (disjoint) keys."""
-  outs, lses = zip(*branches)
+  outs, lses = zip(*branches, strict=True)
   lse = jnp.stack(lses)
   top = jax.lax.stop_gradient(jnp.max(lse, 0))
   weight = jnp.exp(lse - top)
   total = jnp.sum(weight, 0)
-  out = sum(
-    (w / total)[..., None] * o.astype(jnp.float32) for w, o in zip(weight, outs)
-  )
+  share = (weight / total)[..., None]
+  out = jnp.sum(share * jnp.stack(outs).astype(jnp.float32), 0)
   return out.astype(outs[0].dtype), top + jnp.log(total)

@@ -76,9 +76,7 @@ def layout(
   return Layout(slots, min(sink, slots), window)
 
 
-def init(
-  layers: int, shape: tuple[int, int, int, int], dtype: str
-) -> KVCache:
+def init(layers: int, shape: tuple[int, int, int, int], dtype: str) -> KVCache:
   """An empty cache; `shape` is [b, slots * s, a, d]."""
   zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(layers))
   return KVCache(zeros(), zeros())

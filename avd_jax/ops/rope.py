@@ -57,7 +57,7 @@ def grid_angles(
   axes = (frames, jnp.arange(height), jnp.arange(width))
   parts = [
     axis_angles(axis.astype(jnp.int32), dim, theta)
-    for axis, dim in zip(axes, dims)
+    for axis, dim in zip(axes, dims, strict=True)
   ]
   shape = (frames.shape[0], height, width)
   grid = [

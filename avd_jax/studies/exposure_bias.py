@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-import numpy as np
 
 from avd_jax import checkpoint, sampling
 from avd_jax import config as config_lib

@@ -46,10 +46,10 @@ def held_out(config: ConfigDict) -> Prompts:
     seed=wanted.seed,
     num_workers=0,
   )
-  if not 0 < wanted.given < wanted.frames:
+  if not 0 < wanted.given <= wanted.frames - 3:
     raise UserError(
       f"evaluation.given {wanted.given} of evaluation.frames {wanted.frames}:"
-      " some frames must be given and some made"
+      " a frame or more must be given, and three or more made"
     )
   source = pipeline.make_source(data, "eval")
   count = min(wanted.videos, len(source))
@@ -69,7 +69,11 @@ def roll_out(
   total = truth.x.shape[1] - prompts.given
   with tqdm(desc=f"{label}: roll out", total=total, unit="frame") as bar:
     video = sampler.extend(
-      truth.x[:, : prompts.given], truth.text, truth.x.shape[1], seed, bar.update
+      truth.x[:, : prompts.given],
+      truth.text,
+      truth.x.shape[1],
+      seed,
+      bar.update,
     )
   return np.clip(video, -1.0, 1.0)
 
@@ -83,9 +87,7 @@ def measure(video: np.ndarray, prompts: Prompts) -> drift.FrameMetrics:
   )
 
 
-def summarize(
-  metrics: drift.FrameMetrics, prompts: Prompts
-) -> dict[str, Any]:
+def summarize(metrics: drift.FrameMetrics, prompts: Prompts) -> dict[str, Any]:
   """The summary that belongs to `measure`."""
   if prompts.state is None:
     return drift.summarize_real(metrics, prompts.given)

@@ -23,7 +23,7 @@ from avd_jax import parallel
 from avd_jax.algorithms import histories
 from avd_jax.data import pipeline
 from avd_jax.errors import UserError
-from avd_jax.models import dit
+from avd_jax.models import denoiser as denoiser_lib
 from avd_jax.training.program import Program
 
 MATMUL = 2048  # side of the product that stands for the machine's peak
@@ -50,7 +50,7 @@ def _steps(program: Program, batch: Any, name: str) -> Callable[[], Any]:
 
 def _rollout(program: Program, batch: Any, options: Any) -> Callable[[], Any]:
   """A call that re-makes the history of a batch, and nothing else."""
-  denoiser = dit.make_denoiser(program.model)
+  denoiser = denoiser_lib.make(program.model)
   make = jax.jit(histories.self_resampled(denoiser, options))
   params, key = program.init().params, jax.random.key(0)
   return lambda: make(params, batch.x, batch.text, key)
@@ -129,8 +129,12 @@ def _summary(times, program, data) -> dict[str, float]:
     [x / y for x, y in zip(times[a], times[b], strict=True)]
   )
   model = program.model
-  flops = 3 * data.batch_size * dit.forward_flops(
-    model, data.frames, data.height, data.width, streams=2
+  flops = (
+    3
+    * data.batch_size
+    * denoiser_lib.forward_flops(
+      model, data.frames, data.height, data.width, streams=2
+    )
   )
   work = flops / (2 * MATMUL**3)  # of a step, in matrix products
   rows, columns = model.grid(data.height, data.width)

@@ -185,7 +185,8 @@ class _Run:
     mesh, log = self.program.mesh, self.program.config.log
     batches = pipeline.batches(data, source, step, *parallel.batch_share(mesh))
     lead = jax.process_index() == 0
-    writer = Writer(self.workdir, log.every, step) if lead else None
+    begun = self.checkpoints.record(step)["metrics"] if step else []
+    writer = Writer(self.workdir, log.every, step, begun) if lead else None
     # Steps not waited for: their metrics, and whether a process was told to
     # stop. Read late, but at the same step by all, so that all save the same.
     flight: collections.deque[Any] = collections.deque()
@@ -218,11 +219,11 @@ class _Run:
                   )
               bar.update()
               if stop or step % log.checkpoint_every == 0:
-                self._save(step, state)
+                self._save(step, state, writer)
               if stop:
                 self._leave(step, plan)
         told = parallel.any_process(bool(caught), mesh)
-      self._save(step, state)
+      self._save(step, state, writer)
       if told:
         self._leave(step, plan)
       self.checkpoints.wait()
@@ -249,6 +250,10 @@ class _Run:
       f" {self.workdir}; the same command goes on"
     )
 
-  def _save(self, step: int, state: TrainState) -> None:
-    record = {"step": step, "config": config_lib.to_json(self.program.config)}
+  def _save(self, step: int, state: TrainState, writer: Writer | None) -> None:
+    record = {
+      "step": step,
+      "config": config_lib.to_json(self.program.config),
+      "metrics": writer.flush() if writer else [],
+    }
     self.checkpoints.save(step, state._asdict(), record)

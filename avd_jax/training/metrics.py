@@ -7,6 +7,7 @@ wait for the device.
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,22 @@ class Writer:
     every: steps in an interval.
     step: steps already taken; rows past it (of a run that was cut off before
       its next checkpoint) are removed.
+    begun: what `flush` returned at that step.
   """
 
-  def __init__(self, workdir: Path, every: int, step: int):
+  def __init__(
+    self,
+    workdir: Path,
+    every: int,
+    step: int,
+    begun: Sequence[dict[str, float]] = (),
+  ):
     self._path = workdir / "metrics.jsonl"
     self._every = every
-    self._gathered: list[dict[str, jax.Array]] = []
-    self._due: tuple[int, str, list[dict[str, jax.Array]]] | None = None
+    self._gathered: list[dict[str, Any]] = [
+      {name: np.float32(value) for name, value in row.items()} for row in begun
+    ]
+    self._due: tuple[int, str, list[dict[str, Any]]] | None = None
     self._clock = (time.perf_counter(), step)
     self.latest: dict[str, float] = {}
     if self._path.exists():
@@ -40,13 +50,25 @@ class Writer:
       str(workdir / "tensorboard"), purge_step=step + 1
     )
 
-  def push(self, step: int, stage: str, metrics: dict[str, jax.Array]) -> None:
-    """Hands over the metrics of a step just launched."""
+  def push(self, step: int, stage: str, metrics: dict[str, Any]) -> None:
+    """Hands over the metrics, device scalars, of a step just launched."""
     self._gathered.append(metrics)
     if step % self._every == 0:
       self._write()
       self._due = (step, stage, self._gathered)
       self._gathered = []
+
+  def flush(self) -> list[dict[str, float]]:
+    """Writes what is due; returns the metrics of the interval begun since.
+
+    It waits for the device. A checkpoint keeps what it returns, so that a
+    resumed run writes the rows of an uninterrupted one.
+    """
+    self._write()
+    return [
+      {name: float(value) for name, value in row.items()}
+      for row in jax.device_get(self._gathered)
+    ]
 
   def _write(self) -> None:
     if self._due is None:

@@ -4,9 +4,9 @@ import dataclasses
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import flax.linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -15,6 +15,7 @@ from avd_jax.algorithms import flow_loss, histories
 from avd_jax.config import typed
 from avd_jax.data.pipeline import DataConfig
 from avd_jax.diffusion import flow_matching
+from avd_jax.models import denoiser as denoiser_lib
 from avd_jax.models import dit
 from avd_jax.training import optim
 from avd_jax.training import state as state_lib
@@ -63,13 +64,15 @@ class Program:
   def loss(self, name: str) -> LossFn:
     """The objective of a stage."""
     config, stage = self.config, self.config.stage[name]
-    denoiser = dit.make_denoiser(self.model)
+    denoiser = denoiser_lib.make(self.model)
     return flow_loss.flow_loss(
       denoiser,
       HISTORIES[stage.history](denoiser, stage),
       LEVELS[config.loss.levels](config.loss.shift),
       null_text=jnp.zeros(self.batch.text.shape[1:], jnp.int32),
-      text_dropout=config.loss.text_dropout if self.model.text != "none" else 0,
+      text_dropout=(
+        0.0 if self.model.text == "none" else config.loss.text_dropout
+      ),
       skip_chunks=config.loss.skip_chunks,
     )
 
@@ -104,7 +107,9 @@ class Program:
     return jax.jit(
       step,
       in_shardings=(
-        self.shardings, parallel.batch_sharding(self.mesh), everywhere
+        self.shardings,
+        parallel.batch_sharding(self.mesh),
+        everywhere,
       ),
       out_shardings=(self.shardings, everywhere),
       donate_argnums=0,
@@ -116,7 +121,7 @@ class Program:
       lambda s: jax.ShapeDtypeStruct((1, *s.shape[1:]), s.dtype), self.batch
     )
     key = jax.random.key(seed)
-    params = dit.init(self.model, key, example.x, example.text)
+    params = denoiser_lib.init(self.model, key, example.x, example.text)
     return state_lib.create(params, optim.make(self.config.optimizer), seed)
 
   @functools.cached_property
@@ -156,8 +161,6 @@ class Program:
         params = state.params
       else:
         ema = jax.tree.map(jnp.copy, params)
-      return state._replace(
-        params=params, ema=ema, optimizer=tx.init(params)
-      )
+      return state._replace(params=params, ema=ema, optimizer=tx.init(params))
 
     return jax.jit(fresh, out_shardings=self.shardings)(state, params)

@@ -11,12 +11,12 @@ from avd_jax.typing import Params
 
 class TrainState(NamedTuple):
   """Attributes:
-    step: steps taken, over all stages.
-    params: float32 weights.
-    ema: their exponential moving average, what sampling uses.
-    optimizer: the optimizer's state; made anew at each stage.
-    seed: of the run. It is data, not a constant of the compiled step, so that
-      runs which differ in it alone share one program.
+  step: steps taken, over all stages.
+  params: float32 weights.
+  ema: their exponential moving average, what sampling uses.
+  optimizer: the optimizer's state; made anew at each stage.
+  seed: of the run. It is data, not a constant of the compiled step, so that
+    runs which differ in it alone share one program.
   """
 
   step: Int[Array, ""]

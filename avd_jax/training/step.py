@@ -45,9 +45,7 @@ def make_step(
   def accumulate(state, batch, key):
     # Strided, so that a microbatch still spans every device of the batch axis.
     split = jax.tree.map(
-      lambda x: jnp.moveaxis(
-        x.reshape(-1, accumulation, *x.shape[1:]), 1, 0
-      ),
+      lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0),
       batch,
     )
     keys = jax.random.split(key, accumulation)

@@ -1,0 +1,287 @@
+"""Sampling: a video is the same however it is cut, and comes from its run."""
+
+import functools
+import gc
+import itertools
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from avd_jax import checkpoint, parallel, sampling
+from avd_jax import config as config_lib
+from avd_jax.diffusion import solvers
+from avd_jax.errors import UserError
+from avd_jax.models import denoiser as denoiser_lib
+from avd_jax.models import dit
+from avd_jax.training.program import Program
+
+CLOSE = functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-4)
+
+
+def tiny(**model):
+  config = config_lib.default()
+  config.data.update(frames=4, text_length=6)
+  config.model.update(
+    dim=12,
+    ffn_dim=12,
+    num_heads=2,
+    num_layers=1,
+    patch=6,
+    text="none",
+    freq_dim=4,
+    text_dim=4,
+    text_tokens=2,
+    scan_unroll=1,
+  )
+  config.model.update(**model)
+  config.sampling.update(steps=2, shift=3.0, segment=2)
+  return config
+
+
+def weights(config, seed=0):
+  """Random weights, none of them at a telling zero."""
+  model = config_lib.typed(dit.DiTConfig, config.model)
+  x = jax.ShapeDtypeStruct((1, model.chunk_frames, 12, 12, 3), jnp.float32)
+  text = jax.ShapeDtypeStruct((1, config.data.text_length), jnp.int32)
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda s: jnp.asarray(
+      rng.normal(size=s.shape) / max(s.shape[-1], 4) ** 0.5, s.dtype
+    ),
+    denoiser_lib.abstract_params(model, x, text),
+  )
+
+
+def inputs(given, b=2):
+  rng = np.random.default_rng(3)
+  video = rng.uniform(-1, 1, (b, given, 12, 12, 3)).astype(np.float32)
+  return video, rng.integers(0, 200, (b, 6)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def sampler():
+  """A window and a sink, so that videos outgrow their cache."""
+  config = tiny(window=2, sink=1)
+  return sampling.Sampler(config, weights(config))
+
+
+def by_hand(sampler, given, text, frames, seed):
+  """The video of a plain loop over the cached face, solvers written out.
+
+  Guidance is two models side by side, each with a cache of its own.
+  """
+  denoiser = denoiser_lib.make(sampler.model)
+  options, size = sampler.config.sampling, sampler.model.chunk_frames
+  scales = (options.guidance, 1 - options.guidance)
+  texts = (text, np.zeros_like(text))
+  call = jax.jit(functools.partial(denoiser.cached, sampler.params))
+  shape = (len(given), size, *given.shape[2:])
+  like = jax.ShapeDtypeStruct(shape, jnp.float32)
+  caches = [denoiser.init_cache(like, frames // size) for _ in scales]
+
+  def velocity(x, t, chunk):
+    total, level = 0.0, jnp.full(len(x), t, jnp.float32)
+    for i, scale in enumerate(scales):
+      v, caches[i] = call(x, level, texts[i], caches[i], jnp.int32(chunk))
+      total = total + scale * v
+    return total
+
+  grid = solvers.time_grid(options.steps, options.shift)
+  chunks = []
+  for chunk in range(frames // size):
+    x = given[:, chunk * size : (chunk + 1) * size]
+    if not x.shape[1]:
+      key = jax.random.fold_in(jax.random.key(seed), chunk)
+      x = jax.random.normal(key, shape)
+      for t, then in itertools.pairwise(grid):
+        v = velocity(x, t, chunk)
+        if options.solver == "heun":
+          v = (v + velocity(x + (then - t) * v, then, chunk)) / 2
+        x = x + (then - t) * v
+    velocity(x, 0.0, chunk)
+    chunks.append(np.asarray(x))
+  return np.concatenate(chunks, 1)
+
+
+@pytest.mark.parametrize("given", [0, 3])
+def test_a_video_is_the_plain_loop_s(sampler, given):
+  start, text = inputs(given)
+  video = sampler.extend(start, text, 8, seed=5)
+  assert video.shape == (2, 8, 12, 12, 3)
+  np.testing.assert_array_equal(video[:, :given], start)
+  CLOSE(video, by_hand(sampler, start, text, 8, seed=5))
+
+
+def test_guided_chunks_of_two_frames_by_heun():
+  config = tiny(text="bytes", chunk_frames=2)
+  config.sampling.update(guidance=3.0, solver="heun", steps=1)
+  sampler = sampling.Sampler(config, weights(config))
+  start, text = inputs(2)
+  CLOSE(
+    sampler.extend(start, text, 6, seed=2),
+    by_hand(sampler, start, text, 6, seed=2),
+  )
+
+
+def test_segments_do_not_show(sampler):
+  """Other lengths of segments and of videos: the same frames."""
+  start, text = inputs(1)
+  video = sampler.extend(start, text, 8, seed=1)
+  # 7 frames in segments of 2: the last one is cut.
+  config = config_lib.from_json(config_lib.to_json(sampler.config))
+  config.sampling.segment = 7
+  whole = sampling.Sampler(config, sampler.params)
+  CLOSE(whole.extend(start, text, 8, seed=1), video)
+  CLOSE(sampler.extend(start, text, 5, seed=1), video[:, :5])
+
+
+def test_a_stream_hands_on_what_is_done(sampler):
+  start, text = inputs(1)
+  parts = list(sampler.stream(start, text, 6, seed=1))
+  assert [part.shape[1] for part in parts] == [2, 2, 1]
+  heard = []
+  video = sampler.extend(start, text, 6, seed=1, on_frames=heard.append)
+  assert heard == [2, 2, 1]
+  np.testing.assert_array_equal(np.concatenate(parts, 1), video[:, 1:])
+
+
+def test_one_program_serves_every_segment(sampler):
+  start, text = inputs(1)
+  sampler.extend(start, text, 9)
+  count = sampler._segment._cache_size()
+  sampler.extend(start, text, 21, seed=9)
+  assert sampler._segment._cache_size() == count
+
+
+def test_seeds_decide(sampler):
+  start, text = inputs(1)
+  one, same, other = (sampler.extend(start, text, 3, s) for s in (1, 1, 2))
+  np.testing.assert_array_equal(one, same)
+  assert np.abs(one - other)[:, 1:].max() > 0.1
+  # Each chunk and each video has noise of its own.
+  assert np.abs(one[:, 1] - one[:, 2]).max() > 0.1
+
+
+def test_impossible_lengths_are_refused(sampler):
+  start, text = inputs(3)
+  with pytest.raises(UserError, match="3 frames are asked for and 3 are given"):
+    sampler.extend(start, text, 3)
+  config = tiny(chunk_frames=2)
+  pairs = sampling.Sampler(config, None)
+  with pytest.raises(UserError, match=r"3 given frames and 8 .* chunks of 2"):
+    pairs.extend(start, text, 8)
+  with pytest.raises(UserError, match="2 given frames and 7"):
+    pairs.extend(start[:, :2], text, 7)
+
+
+# --- from a run --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """(workdir, EMA weights): a run saved from eight devices."""
+  workdir, config = tmp_path_factory.mktemp("run"), tiny()
+  mesh = parallel.make_mesh(jax.devices(), (2, 2, 1, 2))
+  shardings = Program(config, mesh).shardings
+  params, ema = weights(config, 1), weights(config, 2)
+  items = {
+    "params": jax.device_put(params, shardings.params),
+    "ema": jax.device_put(ema, shardings.ema),
+  }
+  checkpoints = checkpoint.Checkpoints(workdir)
+  for step in (3, 7):
+    checkpoints.save(step, items, {"config": config_lib.to_json(config)})
+    checkpoints.wait()
+  checkpoints.close()
+  return workdir, ema
+
+
+def test_a_sampler_holds_the_average_on_one_device(run):
+  workdir, ema = run
+  sampler = sampling.load(workdir)
+  jax.tree.map(np.testing.assert_array_equal, sampler.params, ema)
+  for leaf in jax.tree.leaves(sampler.params):
+    assert len(leaf.sharding.device_set) == 1
+  ours, theirs = (config_lib.to_json(c) for c in (tiny(), sampler.config))
+  assert ours == theirs
+
+
+@pytest.mark.parametrize(
+  "damage", ["manifest", "arrays", "metadata", "record", "missing"]
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_torn_checkpoint_is_named(run, tmp_path, damage):
+  """Whatever is wrong with its files: one line, which one, what to do."""
+  workdir = tmp_path / "run"
+  shutil.copytree(run[0], workdir)
+  newest = workdir / "checkpoints" / "7"
+  files = [p for p in (newest / "ema").rglob("*") if p.is_file()]
+  if damage == "manifest":
+    for path in (newest / "ema").rglob("manifest.ocdbt"):
+      path.write_bytes(path.read_bytes()[:20])
+  elif damage == "arrays":
+    for path in files:
+      if "/d/" in str(path):
+        path.write_bytes(b"")
+  elif damage == "metadata":
+    (newest / "ema" / "_METADATA").write_text("{")
+  elif damage == "record":
+    (newest / "record" / "metadata").write_text('{"config": ')
+  else:
+    shutil.rmtree(newest / "ema")
+  with pytest.raises(UserError) as error:
+    sampling.load(workdir)
+  message = str(error.value)
+  del error
+  gc.collect()  # the reads that were under way complain here, not later
+  assert str(newest) in message
+  assert "delete that directory" in message
+  assert "\n" not in message
+  shutil.rmtree(newest)  # as it says
+  sampling.load(workdir)
+
+
+def test_an_unfinished_checkpoint_does_not_count(run, tmp_path):
+  """What a process was writing when it died has another name."""
+  workdir = tmp_path / "run"
+  shutil.copytree(run[0], workdir)
+  place = workdir / "checkpoints"
+  (place / "7").rename(place / "9.orbax-checkpoint-tmp")
+  checkpoints, step = checkpoint.open_existing(workdir)
+  checkpoints.close()
+  assert step == 3
+
+
+def test_another_shape_is_named_and_its_files_are_not_blamed(run):
+  checkpoints, step = checkpoint.open_existing(run[0])
+  other = jax.eval_shape(lambda: weights(tiny(ffn_dim=24)))
+  with pytest.raises(UserError, match=r"checkpoints/7 cannot .* if it is dam"):
+    checkpoints.restore(step, {"ema": other})
+  checkpoints.close()
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+  for step in (1, 2, 3, 3):
+    checkpoints.save(step, {"a": jnp.full(3, step)}, {"step": step})
+  checkpoints.wait()
+  assert checkpoints.latest() == 3
+  assert checkpoints.record(3) == {"step": 3}
+  target = {"a": jax.ShapeDtypeStruct((3,), jnp.int32)}
+  np.testing.assert_array_equal(checkpoints.restore(2, target)["a"], [2] * 3)
+  checkpoints.close()
+  names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+  assert names == ["2", "3"]
+
+
+def test_missing_runs_are_refused(tmp_path):
+  with pytest.raises(UserError, match="nowhere does not exist"):
+    sampling.load(tmp_path / "nowhere")
+  with pytest.raises(UserError, match="has no checkpoints"):
+    sampling.load(tmp_path)
+  (tmp_path / "checkpoints").mkdir()
+  with pytest.raises(UserError, match="no whole checkpoint"):
+    sampling.load(tmp_path)
