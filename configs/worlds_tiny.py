@@ -1,7 +1,7 @@
 """The demo's world: a ball that bounces over a coloured background.
 
   make demo
-  avd demo --seeds 3 --workdir runs/demo3
+  avd demo --seeds 3 --workdir runs/demo3 --config.evaluation.videos=192
   avd train --config configs/worlds_tiny.py --workdir runs/x
 
 Source: [RF Alg. 1] after a teacher-forcing warm-up, at the scale of a laptop:
@@ -46,6 +46,6 @@ def get_config():
   config.stage.resampling_forcing.resampling.update(
     shift=0.1, clean_prefix=1, random_prefix=True
   )
-  config.evaluation.update(videos=192, given=4, frames=84, seed=2026)
+  config.evaluation.update(videos=96, given=4, frames=84, seed=2026)
   config.sampling.update(steps=8)
   return config
