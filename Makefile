@@ -41,12 +41,12 @@ lint: $(TEST)
 $(CORE): setup.cfg pyproject.toml
 	@$(make_venv)
 	@echo "installing avd_jax into $(VENV): a few minutes, once"
-	@$(BIN)/python -m pip install --quiet --editable .
+	@$(BIN)/python -m pip install -qq --editable .
 	@touch $@
 
 $(TEST): $(CORE)
 	@echo "installing what the tests need"
-	@$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@$(BIN)/python -m pip install -qq --editable '.[test]'
 	@touch $@
 
 # An environment that works is kept, whoever made it.

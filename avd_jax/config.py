@@ -32,6 +32,7 @@ FREE = (
   "evaluation.",
   "data.num_workers",
   "data.num_threads",
+  "data.cache_mb",
 )
 HISTORIES = ("ground_truth", "self_resampled")
 

@@ -23,7 +23,7 @@ import jaxtyping  # noqa: E402
 from absl import flags  # noqa: E402
 
 # Shapes and types are checked here and nowhere else: a user pays nothing.
-jaxtyping.install_import_hook("avd_jax", "beartype.beartype")
+jaxtyping.install_import_hook("avd_jax", "typecheck.check")
 
 if not flags.FLAGS.is_parsed():
   flags.FLAGS.mark_as_parsed()

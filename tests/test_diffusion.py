@@ -307,9 +307,9 @@ def test_guidance_is_two_separate_passes(scale):
   (x, text), t = linear.batch(f=3), jnp.full((2, 3), 0.4)
   nulls = jnp.broadcast_to(null, text.shape)
   for history in (None, History(linear.batch(f=3, seed=4)[0], t / 2)):
-    v = wrapped.parallel(params, x, t, text, history)
+    v = jax.jit(wrapped.parallel)(params, x, t, text, history)
     with_text, without = (
-      plain.parallel(params, x, t, c, history) for c in (text, nulls)
+      jax.jit(plain.parallel)(params, x, t, c, history) for c in (text, nulls)
     )
     expected = without + scale * (with_text - without)
     np.testing.assert_allclose(v, expected, atol=1e-6)

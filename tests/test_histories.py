@@ -1,5 +1,7 @@
 """Histories and the loss: what is degraded, how much, and what learns of it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import linear
@@ -29,10 +31,13 @@ def loss_of(denoiser, history, **options):
   )
 
 
-def make(options, params, x, text, key=0, denoiser=None):
-  denoiser = denoiser or linear.denoiser()
-  history = histories.self_resampled(denoiser, options)
-  return jax.jit(history)(params, x, text, jax.random.key(key))
+@functools.cache
+def resampled(options):
+  return jax.jit(histories.self_resampled(linear.denoiser(), options))
+
+
+def make(options, params, x, text, key=0):
+  return resampled(options)(params, x, text, jax.random.key(key))
 
 
 def read(options, b=3, f=5, key=0):
@@ -226,7 +231,7 @@ def test_targets_stay_clean_under_a_degraded_history():
   params, key = linear.params(past=0), jax.random.key(0)
   denoiser = linear.denoiser()
   losses = [
-    loss_of(denoiser, history)(params, Batch(x, text), key)
+    jax.jit(loss_of(denoiser, history))(params, Batch(x, text), key)
     for history in (
       histories.ground_truth(denoiser),
       histories.self_resampled(denoiser),
@@ -248,7 +253,7 @@ def test_no_degradation_is_teacher_forcing_exactly(options):
     denoiser, histories.Resampling(**options)
   )
   (forced, ours) = (
-    jax.value_and_grad(loss_of(denoiser, history), has_aux=True)(
+    jax.jit(jax.value_and_grad(loss_of(denoiser, history), has_aux=True))(
       linear.params(), Batch(x, text), jax.random.key(0)
     )
     for history in (histories.ground_truth(denoiser), resampled)
@@ -262,7 +267,7 @@ def test_no_gradient_passes_through_the_rollout(detached):
   x, text = linear.batch()
   denoiser, params = linear.denoiser(), linear.params()
   options = histories.Resampling(detached=detached)
-  live = histories.self_resampled(denoiser, options)
+  live = jax.jit(histories.self_resampled(denoiser, options))
   key = jax.random.key(0)
   caught = []
 
@@ -274,7 +279,9 @@ def test_no_gradient_passes_through_the_rollout(detached):
   loss_of(denoiser, recording)(params, Batch(x, text), key)
   frozen = lambda params, x, text, key: caught[0]
   live_grad, frozen_grad = (
-    jax.grad(loss_of(denoiser, h), has_aux=True)(params, Batch(x, text), key)[0]
+    jax.jit(jax.grad(loss_of(denoiser, h), has_aux=True))(
+      params, Batch(x, text), key
+    )[0]
     for h in (live, frozen)
   )
   for name in params:
@@ -285,7 +292,7 @@ def test_no_gradient_passes_through_the_rollout(detached):
     history = live(params, x, text, key)
     return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(history))
 
-  assert not any(np.any(g) for g in jax.grad(made)(params).values())
+  assert not any(np.any(g) for g in jax.jit(jax.grad(made))(params).values())
   # And yet the history is the model's own: other weights, another history.
   other = live(linear.params(own=1.0), x, text, key)
   assert np.abs(other.x - caught[0].x).max() > 1e-2

@@ -217,6 +217,7 @@ def test_a_file_gone_bad_is_named_and_training_goes_on(clips, tmp_path, caplog):
     width=8,
     batch_size=4,
     num_threads=0,
+    cache_mb=0,
   )
   source = pipeline.make_source(cfg)
   (tmp_path / "0.mkv").write_bytes(b"gone bad")

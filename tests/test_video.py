@@ -359,6 +359,26 @@ def test_folder_refuses_a_caption_of_another_encoding(tmp_path):
     sources.VideoFolderSource(tmp_path, **SHAPE)
 
 
+def test_a_folder_kept_in_memory_gives_the_same_clips(tmp_path):
+  plain = folder(tmp_path, [70, 30], stride=3, **SHAPE)
+  kept = sources.VideoFolderSource(tmp_path, stride=3, cache_mb=1, **SHAPE)
+  for i in range(2):
+    for seed in range(4):
+      a, b = (
+        s.clip(i, np.random.default_rng(seed))["video"] for s in (plain, kept)
+      )
+      np.testing.assert_array_equal(a, b)
+  for path in kept.paths:  # no longer needed
+    path.unlink()
+  kept[0], kept[1]
+  with pytest.raises(UserError):
+    plain[0]
+  small = sources.VideoFolderSource.__new__(sources.VideoFolderSource)
+  small.__setstate__(kept.__getstate__())  # as a worker process gets it
+  with pytest.raises(UserError):
+    small[0]
+
+
 def test_folder_holds_out_files_whatever_the_clip_length(tmp_path, caplog):
   lengths = [40, 40, 9, 40, 40]
   every = folder(tmp_path, lengths, **SHAPE).paths

@@ -57,6 +57,8 @@ class DataConfig:
     fps: if given, the stride that comes nearest to this rate, file by file.
     eval_files: files of a folder held out for the eval split, spread evenly
       over the sorted list; with 0 both splits read every file.
+    cache_mb: a folder that fits in this, at the size of a clip, is decoded
+      once and kept in memory (of each process); 0 decodes every clip anew.
     name: of the TFDS data set; "" where path is its own folder.
     split, eval_split: TFDS splits for training and evaluation.
     video_key, caption_key: TFDS features, "/" for nested ones; caption_key ""
@@ -82,6 +84,7 @@ class DataConfig:
   stride: int = 1
   fps: float | None = None
   eval_files: int = 0
+  cache_mb: int = 512
   name: str = ""
   split: str = "train"
   eval_split: str = "test"
@@ -108,6 +111,7 @@ class DataConfig:
       ("num_threads", 0),
       ("stride", 1),
       ("eval_files", 0),
+      ("cache_mb", 0),
       ("num_videos", 1),
     ):
       value = getattr(self, field)
@@ -178,7 +182,11 @@ def make_source(cfg: DataConfig, split: str = "train") -> Source:
       **shape,
     )
   source = sources.VideoFolderSource(
-    cfg.path, split=split, eval_files=cfg.eval_files, **shape
+    cfg.path,
+    split=split,
+    eval_files=cfg.eval_files,
+    cache_mb=cfg.cache_mb,
+    **shape,
   )
   for path, caption in zip(source.paths, source.captions, strict=True):
     try:

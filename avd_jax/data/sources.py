@@ -8,6 +8,7 @@ that a damaged file neither stops a long run nor makes it unrepeatable.
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,8 @@ _log = logging.getLogger(__name__)
 
 # Records tried in a row before a source is called unreadable.
 _TRIES = 64
+# Frames decoded in a row while a whole file is read: bounds the memory.
+_AT_ONCE = 64
 
 
 class VideoFolderSource:
@@ -47,6 +50,8 @@ class VideoFolderSource:
       (before any is skipped, so that clips of another length, or a file gone
       bad, do not move others between the splits). With 0 the splits are the
       same, and "eval" says so in the log.
+    cache_mb: a folder whose frames fit in this, at the size of a clip, is
+      decoded once, file by file, and kept; 0 decodes every clip anew.
 
   Raises:
     UserError: no such folder, no video in it, none readable, none long enough,
@@ -63,6 +68,7 @@ class VideoFolderSource:
     fps: float | None = None,
     split: str = "train",
     eval_files: int = 0,
+    cache_mb: int = 0,
   ):
     self._size = (height, width)
     self._frames, self._stride, self._fps = frames, stride, fps
@@ -106,6 +112,10 @@ class VideoFolderSource:
     self.paths = [f for f, _ in long]
     self.infos = [info for _, info in long]
     self.captions = [_caption_beside(f) for f in self.paths]
+    total = sum(info.frames for info in self.infos) * height * width * 3
+    self._keep = total <= cache_mb << 20
+    self._kept: dict[int, np.ndarray | None] = {}
+    self._locks = [threading.Lock() for _ in self.paths]
 
   def __len__(self) -> int:
     return len(self.paths)
@@ -125,13 +135,46 @@ class VideoFolderSource:
     def read(i: int) -> dict[str, Any]:
       info = self.infos[i]
       start = int(where * (info.frames - self._span(info) + 1))
-      frames = video.read_clip(
-        self.paths[i], start, self._frames, self._stride_of(info)
-      )
-      frames = video.to_float(video.resize_crop(frames, *self._size))
-      return {"video": frames, "caption": self.captions[i]}
+      stride = self._stride_of(info)
+      whole = self._whole(i)
+      if whole is not None:
+        frames = whole[start : start + self._span(info) : stride]
+      else:
+        frames = video.read_clip(self.paths[i], start, self._frames, stride)
+        frames = video.resize_crop(frames, *self._size)
+      return {"video": video.to_float(frames), "caption": self.captions[i]}
 
     return _first_readable(read, index, len(self), self._warned)
+
+  def _whole(self, i: int) -> np.ndarray | None:
+    """All frames of video i at the clip's size, or None if they are not kept.
+
+    A file that does not decode to its end is not kept: its good clips can
+    still be read one by one.
+    """
+    if not self._keep:
+      return None
+    with self._locks[i]:
+      if i not in self._kept:
+        count = self.infos[i].frames
+        parts = []
+        try:
+          for start in range(0, count, _AT_ONCE):
+            part = min(_AT_ONCE, count - start)
+            part = video.read_clip(self.paths[i], start, part)
+            parts.append(video.resize_crop(part, *self._size))
+          self._kept[i] = np.concatenate(parts)
+        except UserError:
+          self._kept[i] = None
+      return self._kept[i]
+
+  # Worker processes get a copy of the source; locks stay behind.
+  def __getstate__(self) -> dict[str, Any]:
+    return {**self.__dict__, "_locks": None, "_kept": {}}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state)
+    self._locks = [threading.Lock() for _ in self.paths]
 
   def _stride_of(self, info: video.VideoInfo) -> int:
     if self._fps is None:

@@ -101,7 +101,7 @@ def bounce(
   """
   room = high - low
   unfolded = (start - low + velocity * time) % (2 * room)
-  return low + room - np.abs(unfolded - room)
+  return np.asarray(low + room - np.abs(unfolded - room))
 
 
 def render(
