@@ -209,10 +209,17 @@ def test_a_sampler_holds_the_average_on_one_device(run):
   assert ours == theirs
 
 
+# Reads that were under way when another failed complain when collected; that
+# is done within the test.
+quietly = pytest.mark.filterwarnings(
+  "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
 @pytest.mark.parametrize(
   "damage", ["manifest", "arrays", "metadata", "record", "missing"]
 )
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@quietly
 def test_a_torn_checkpoint_is_named(run, tmp_path, damage):
   """Whatever is wrong with its files: one line, which one, what to do."""
   workdir = tmp_path / "run"
@@ -236,7 +243,7 @@ def test_a_torn_checkpoint_is_named(run, tmp_path, damage):
     sampling.load(workdir)
   message = str(error.value)
   del error
-  gc.collect()  # the reads that were under way complain here, not later
+  gc.collect()
   assert str(newest) in message
   assert "delete that directory" in message
   assert "\n" not in message
@@ -255,12 +262,14 @@ def test_an_unfinished_checkpoint_does_not_count(run, tmp_path):
   assert step == 3
 
 
+@quietly
 def test_another_shape_is_named_and_its_files_are_not_blamed(run):
   checkpoints, step = checkpoint.open_existing(run[0])
   other = jax.eval_shape(lambda: weights(tiny(ffn_dim=24)))
   with pytest.raises(UserError, match=r"checkpoints/7 cannot .* if it is dam"):
     checkpoints.restore(step, {"ema": other})
   checkpoints.close()
+  gc.collect()
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):

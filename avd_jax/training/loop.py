@@ -113,7 +113,7 @@ def train(
   try:
     program = Program(config, mesh)
     step = checkpoints.latest() or 0
-    _claim(workdir, config, step)
+    _claim(workdir, config, checkpoints.record(step) if step else None)
     plan = stretches(config)
     if step:
       items = program.abstract_state()._asdict()
@@ -132,12 +132,18 @@ def train(
     checkpoints.close()
 
 
-def _claim(workdir: Path, config: ConfigDict, step: int) -> None:
-  """Writes config.json, or refuses a workdir that another config trained."""
+def _claim(
+  workdir: Path, config: ConfigDict, record: dict[str, Any] | None
+) -> None:
+  """Writes config.json, or refuses a workdir that another config trained.
+
+  What was trained is read from the checkpoint's own record: config.json is for
+  people, and may have been edited or removed.
+  """
   path = workdir / "config.json"
   values = config_lib.to_json(config)
-  if step and path.exists():
-    changed = config_lib.differences(checkpoint.read_json(path), values)
+  if record:
+    changed = config_lib.differences(record["config"], values)
     if changed:
       raise UserError(
         f"{workdir} was made with another config ({'; '.join(changed[:5])});"
