@@ -240,8 +240,9 @@ class _Run:
     return state
 
   def _bar(self, stretch: Stretch, step: int) -> tqdm:
+    run, name = self.workdir.name, stretch.name
     return tqdm(
-      desc=f"{self.workdir.name}: {stretch.name}",
+      desc=name if run == name else f"{run}: {name}",
       total=stretch.last - stretch.first,
       initial=step - stretch.first,
       unit="step",
