@@ -32,7 +32,7 @@ def flow_loss(
   """mean_i || (eps^i - x^i) - v(x^i_{t^i}, h^{<i}, t^i, c) ||^2.
 
   Each chunk draws its own level t^i; targets are always the clean data,
-  whatever the history. [RF Eq. 4]
+  whatever the history.
 
   Args:
     denoiser: the model.
@@ -41,6 +41,8 @@ def flow_loss(
     null_text: [m] or [m d], stands in for dropped text.
     text_dropout: rate of dropped text.
     skip_chunks: first chunks without loss (always given at test).
+
+  [RF Eq. 4]
   """
 
   def loss_fn(params, batch, key, resampler=None):

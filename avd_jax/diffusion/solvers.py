@@ -50,10 +50,12 @@ def solve(
   cache: Any,
   solver: str = "euler",
 ) -> tuple[Float[Array, "b *s"], Any]:
-  """Integrates from t_start down to 0 along grid * t_start. [RF Eq. 2]
+  """Integrates from t_start down to 0 along grid * t_start.
 
   Raises:
     UserError: an unknown solver.
+
+  [RF Eq. 2]
   """
   if solver not in SOLVERS:
     raise UserError(
