@@ -61,8 +61,9 @@ class Denoiser(NamedTuple):
       the training mask; `history=None` is the one-stream (block-causal) form.
     cached: `(params, x, t, text, cache, chunk) -> (v, cache)`. One chunk
       against the cache, whose slot for `chunk` it overwrites.
-    init_cache: `(batch, chunks, keep_all=False) -> cache`. Opaque to everyone
-      but models/ and ops/. `keep_all` holds every chunk even where the mask's
+    init_cache: `(x, chunks, keep_all=False) -> cache` for videos of `chunks`
+      chunks, `x` being one of them or its shape. Opaque to everyone but
+      models/ and ops/. `keep_all` holds every chunk even where the mask's
       window would let a ring buffer forget.
     chunk_frames: latent frames in a chunk.
   """

@@ -10,6 +10,7 @@ from avd_jax.algorithms.histories import Resampling
 from avd_jax.data.pipeline import DataConfig
 from avd_jax.errors import UserError
 from avd_jax.models.dit import DiTConfig
+from avd_jax.training import program
 
 HEAD = "from avd_jax import config as base\n\n\ndef get_config({}):\n  {}\n"
 
@@ -84,6 +85,14 @@ def test_defaults_are_the_dataclasses_own():
   stage = config.stage.resampling_forcing.resampling
   assert config_lib.typed(Resampling, stage) == Resampling()
   config_lib.check(config)
+
+
+def test_what_is_allowed_is_what_there_is():
+  assert set(config_lib.HISTORIES) == set(program.HISTORIES)
+  for name in program.LEVELS:
+    config = config_lib.default()
+    config.loss.levels = name
+    config_lib.check(config)
 
 
 def test_a_config_survives_its_file(file):

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from avd_jax import config as config_lib
-from avd_jax import parallel
+from avd_jax import checkpoint, parallel
 from avd_jax.data import pipeline
 from avd_jax.errors import UserError
 from avd_jax.training import loop, optim
 from avd_jax.training.program import Program
+from avd_jax.training.state import TrainState
 
 STAGES = ("teacher_forcing", "resampling_forcing")
 ONE = (1, 1, 1, 1)
@@ -361,6 +362,17 @@ def test_eight_devices_compute_what_one_does(programs, shape, stage):
   assert len(parts) == shape[1] * shape[3]
   moment = state.optimizer[1][0].mu["blocks"]["ffn"]["up"]["kernel"]
   assert moment.sharding == kernel.sharding
+
+
+def test_a_checkpoint_moves_to_another_mesh(whole):
+  workdir, final = whole
+  target = Program(tiny(), mesh((1, 4, 1, 2))).abstract_state()
+  checkpoints, step = checkpoint.open_existing(workdir)
+  state = TrainState(**checkpoints.restore(step, target._asdict()))
+  checkpoints.close()
+  equal(state, final)
+  places = lambda tree: [leaf.sharding for leaf in jax.tree.leaves(tree)]
+  assert places(state) == places(target)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1, 1), (2, 2, 1, 2), (1, 1, 1, 8)])
