@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from avd_jax import config as config_lib
 from avd_jax import checkpoint, parallel
+from avd_jax import config as config_lib
 from avd_jax.data import pipeline
 from avd_jax.errors import UserError
 from avd_jax.training import loop, optim
