@@ -6,7 +6,8 @@
 
 Source: the recipe of configs/worlds_tiny.py, with text dropout 0.1 (method of
 classifier-free guidance) and every chunk trained, the first one too, so that a
-video can start from its caption alone. 2 CPU cores, about 12 minutes.
+video can start from its caption alone. Hardware: 2 CPU cores. Never trained to
+its end yet: what to expect is not measured.
 """
 
 from avd_jax import config as base
