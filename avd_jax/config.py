@@ -23,6 +23,15 @@ from avd_jax.models.dit import DiTConfig
 
 T = TypeVar("T")
 
+# Fields that weights do not depend on: a run may start from another's weights
+# with other values here.
+WEIGHTLESS = (
+  "model.attention.",
+  "model.remat",
+  "model.scan_unroll",
+  "model.dtype",
+)
+
 # A run may be resumed with other values here; everything else makes it
 # another run.
 FREE = (
@@ -102,7 +111,10 @@ def default() -> ConfigDict:
   data = dataclasses.asdict(DataConfig())
   # A field that is None by default still has a type, or no argument could set
   # it.
-  model |= dict(window=placeholder(int), spatial_embedding=placeholder(tuple))
+  model |= dict(spatial_embedding=placeholder(tuple))
+  model["attention"] |= dict(
+    window=placeholder(int), routing_top_k=placeholder(int)
+  )
   data |= dict(fps=placeholder(float))
   return ConfigDict(
     dict(
@@ -202,11 +214,19 @@ def typed(cls: type[T], section: ConfigDict) -> T:
       f"unknown config fields {', '.join(unknown)} for {cls.__name__};"
       f" it has {', '.join(sorted(known))}"
     )
-  values = {
-    key: tuple(value) if isinstance(value, list) else value
-    for key, value in section.items()
+  inner = {
+    field.name: field.type
+    for field in dataclasses.fields(cls)
+    if dataclasses.is_dataclass(field.type)
   }
-  return cls(**values)
+
+  def value(name):
+    given = section[name]
+    if name in inner:
+      return typed(inner[name], given)
+    return tuple(given) if isinstance(given, list) else given
+
+  return cls(**{name: value(name) for name in section})
 
 
 def check(config: ConfigDict) -> None:
@@ -245,6 +265,8 @@ def check(config: ConfigDict) -> None:
         f" {model.chunk_frames}"
       )
   chunks = data.frames // model.chunk_frames
+  longest = max(chunks, config.evaluation.frames // model.chunk_frames)
+  model.attention.check_top_k(longest - 1, "videos of the config have")
   if config.loss.skip_chunks >= chunks:
     raise UserError(
       f"loss.skip_chunks {config.loss.skip_chunks} leaves no chunk of {chunks}"
@@ -329,7 +351,10 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
 
 
 def differences(
-  old: dict[str, Any], new: dict[str, Any], prefix: str = ""
+  old: dict[str, Any],
+  new: dict[str, Any],
+  prefix: str = "",
+  free: tuple[str, ...] = FREE,
 ) -> list[str]:
   """Lines "field: old -> new" for every field that must not change."""
   lines = []
@@ -337,7 +362,7 @@ def differences(
     name = prefix + key
     a, b = old.get(key), new.get(key)
     if isinstance(a, dict) and isinstance(b, dict):
-      lines += differences(a, b, name + ".")
-    elif a != b and not name.startswith(FREE):
+      lines += differences(a, b, name + ".", free)
+    elif a != b and not name.startswith(free):
       lines.append(f"{name}: {a!r} -> {b!r}")
   return lines

@@ -50,8 +50,8 @@ def test_overrides_reach_every_kind_of_field(file):
       "--config.stage.resampling_forcing.resampling.tell=True",
       "--config.stages=('teacher_forcing',)",
       # None by default: no type to be read off the value.
-      "--config.model.window=3",
-      "--config.model.sink=1",
+      "--config.model.attention.window=3",
+      "--config.model.attention.sink=1",
       "--config.model.spatial_embedding=(2,2)",
       "--config.data.fps=12",
     ],
@@ -62,7 +62,7 @@ def test_overrides_reach_every_kind_of_field(file):
   assert config.stage.resampling_forcing.resampling.tell is True
   assert config.stages == ("teacher_forcing",)
   model = config_lib.typed(DiTConfig, config.model)
-  assert (model.window, model.sink) == (3, 1)
+  assert (model.attention.window, model.attention.sink) == (3, 1)
   assert model.spatial_embedding == (2, 2)
   assert config_lib.typed(DataConfig, config.data).fps == 12.0
 
@@ -117,9 +117,9 @@ def test_differences_name_fields_but_not_free_ones():
     config_lib.to_json(old), config_lib.to_json(new)
   )
   assert compare() == []
-  new.model.window, new.stage.teacher_forcing.steps = 3, 9
+  new.model.attention.window, new.stage.teacher_forcing.steps = 3, 9
   assert compare() == [
-    "model.window: None -> 3",
+    "model.attention.window: None -> 3",
     "stage.teacher_forcing.steps: 1200 -> 9",
   ]
   # A field that one of them lacks differs too.
@@ -145,7 +145,7 @@ def test_differences_name_fields_but_not_free_ones():
     ("model.dim", "write --config.model.dim=VALUE"),
     ("model.dim=wide", "--config.model.dim=wide"),
     ("model.dim=64.5", "--config.model.dim=64.5"),
-    ("model.window=2.5", "--config.model.window=2.5"),
+    ("model.attention.window=2.5", "--config.model.attention.window=2.5"),
     ("seed=now", "--config.seed=now"),
     # Values, one at a time.
     ("seed=-1", "seed -1: at least 0"),
@@ -155,8 +155,8 @@ def test_differences_name_fields_but_not_free_ones():
     ("model.scan_unroll=0", "model.scan_unroll 0"),
     ("model.text_tokens=0", "model.text_tokens 0"),
     ("model.channels=4", "model.channels 4: videos have 3"),
-    ("model.window=0", "window 0"),
-    ("model.sink=1", "model.sink needs model.window"),
+    ("model.attention.window=0", "window 0"),
+    ("model.attention.sink=1", "attention.sink needs model.attention.window"),
     ("model.text=clip", "model.text 'clip' is not one of"),
     ("model.text=embeddings", "model.text 'embeddings' needs"),
     ("model.prediction=eps", "model.prediction 'eps'"),

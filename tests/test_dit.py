@@ -13,6 +13,7 @@ from avd_jax.diffusion import guidance
 from avd_jax.errors import UserError
 from avd_jax.models import denoiser as denoiser_lib
 from avd_jax.models import dit, layers
+from avd_jax.models.attention import AttentionConfig
 from avd_jax.ops import masks
 from avd_jax.typing import History
 
@@ -105,15 +106,26 @@ def play(inputs, text, passes, keep_all, params=None, denoiser=None):
   return jnp.moveaxis(v, 0, 1).reshape(passes[0][0].shape), cache
 
 
+def see(**what):
+  return {"attention": AttentionConfig(**what)}
+
+
 VARIANTS = {
   ("dense", 1): {"text": "bytes"},
   ("dense", 2): {"prediction": "x0"},
-  ("window", 1): {"window": 2, "prediction": "x0"},
-  ("window", 2): {"window": 1},
-  ("sink", 1): {"window": 1, "sink": 2},
-  ("sink", 2): {"window": 1, "sink": 3},
-  ("window+sink", 1): {"window": 2, "sink": 1, "text": "embeddings"},
-  ("window+sink", 2): {"window": 2, "sink": 1, "spatial_embedding": (2, 1)},
+  ("window", 1): see(window=2) | {"prediction": "x0"},
+  ("window", 2): see(window=1),
+  ("sink", 1): see(window=1, sink=2),
+  ("sink", 2): see(window=1, sink=3),
+  ("window+sink", 1): see(window=2, sink=1) | {"text": "embeddings"},
+  ("window+sink", 2): see(window=2, sink=1) | {"spatial_embedding": (2, 1)},
+  ("routed", 1): see(routing_top_k=2),
+  ("routed", 2): see(routing_top_k=1, descriptor="raw"),
+  ("routed window", 1): see(window=3, routing_top_k=1),
+  ("routed window+sink", 1): see(window=2, sink=2, routing_top_k=2),
+  ("routed window+sink", 2): see(
+    window=2, sink=1, routing_top_k=2, descriptor="raw"
+  ),
 }
 
 
@@ -140,7 +152,7 @@ def faces(variant):
       "ring": ring,
       "keep_all": kept,
       "detached": parallel(History(x, told, cache)),
-      "slots": (small.k[0].shape[1], cache.k[0].shape[1]),
+      "slots": (small.kv.k[0].shape[1], cache.kv.k[0].shape[1]),
     }
     if cfg.chunk_frames == 1:  # enough for a form that differs in its mask
       out["one stream"] = parallel(None)
@@ -158,7 +170,9 @@ def test_every_face_is_the_parallel_one(variant, face):
   assert np.abs(v["parallel"]).max() > 0.3
 
 
-@pytest.mark.parametrize("name", ["dense", "window", "sink", "window+sink"])
+@pytest.mark.parametrize(
+  "name", ["dense", "window", "sink", "window+sink", "routed"]
+)
 def test_one_stream_is_the_cache_filled_with_noisy_chunks(name):
   _, v = faces((name, 1))
   TIGHT(v["one stream, cached"], v["one stream"])
@@ -171,7 +185,8 @@ def test_a_windowed_cache_is_its_ring(variant):
   tokens = 2 * cfg.chunk_frames
   ring, kept = v["slots"]
   assert kept == CHUNKS * tokens
-  window = CHUNKS if cfg.window is None else cfg.sink + cfg.window + 1
+  view = cfg.attention
+  window = CHUNKS if view.window is None else view.sink + view.window + 1
   assert ring == window * tokens
 
 
@@ -225,7 +240,7 @@ def test_one_stream_is_block_causal():
 
 
 def test_one_layer_sees_exactly_its_mask():
-  cfg = dataclasses.replace(BASE, num_layers=1, window=1, sink=1)
+  cfg = dataclasses.replace(BASE, num_layers=1, **see(window=1, sink=1))
   table = masks.chunk_table(masks.history_mask(2, 1, 1), 5, 2)[5:]
   seen = influence(cfg)
   np.testing.assert_array_equal(seen["history"], table[:, :5])
@@ -235,7 +250,8 @@ def test_one_layer_sees_exactly_its_mask():
 @pytest.mark.parametrize(("window", "sink"), [(2, 0), (2, 1), (1, 2)])
 def test_a_windowed_chunk_is_the_same_wherever_it_stands(window, sink):
   """Far beyond training's length: the window and the sink slide along."""
-  cfg = dataclasses.replace(BASE, num_layers=1, window=window, sink=sink)
+  view = see(window=window, sink=sink)
+  cfg = dataclasses.replace(BASE, num_layers=1, **view)
   i = Inputs(cfg)
 
   @jax.jit
@@ -392,7 +408,7 @@ def test_a_fresh_network_says_zero():
 
 
 def test_guided_faces_are_two_separate_passes():
-  i = Inputs(dataclasses.replace(BYTES, window=2), chunks=4)
+  i = Inputs(dataclasses.replace(BYTES, **see(window=2)), chunks=4)
   null = jnp.zeros(i.text_length, jnp.int32)
   guided = guidance.classifier_free(i.denoiser, 3.0, null)
   nulls = jnp.zeros_like(i.text)
@@ -433,14 +449,31 @@ def test_guided_faces_are_two_separate_passes():
     ({"text": "clip"}, "text 'clip'"),
     ({"remat": "all"}, "remat 'all'"),
     ({"dtype": "float16"}, "dtype 'float16'"),
-    ({"window": 0}, "window 0"),
-    ({"window": 2, "sink": -1}, "sink -1"),
-    ({"sink": 1}, "sink needs model.window"),
   ],
 )
 def test_impossible_networks_are_refused(changes, message):
   with pytest.raises(UserError, match=message):
     dataclasses.replace(BASE, **changes)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"window": 0}, "window 0"),
+    ({"window": 2, "sink": -1}, "sink -1"),
+    ({"sink": 1}, "sink needs model.attention.window"),
+    ({"routing_top_k": 0}, "routing_top_k 0: at least 1"),
+    (
+      {"window": 2, "sink": 1, "routing_top_k": 4},
+      "routing_top_k 4: its window and sink hold 3 .* give 1 to 3",
+    ),
+    ({"descriptor": "max"}, "descriptor 'max' is not one of rotated, raw"),
+    ({"implementation": "flash"}, "'flash' is not one of auto, reference"),
+  ],
+)
+def test_impossible_attention_is_refused(changes, message):
+  with pytest.raises(UserError, match=message):
+    AttentionConfig(**changes)
 
 
 def test_frames_that_do_not_fit_are_refused():

@@ -14,6 +14,7 @@ from avd_jax.diffusion import flow_matching
 from avd_jax.errors import UserError
 from avd_jax.models import denoiser as denoiser_lib
 from avd_jax.models import dit
+from avd_jax.models.attention import AttentionConfig
 from avd_jax.typing import Batch, History
 
 NULL = jnp.zeros(4, jnp.int32)
@@ -306,7 +307,8 @@ def test_a_detached_cache_changes_the_gradient_alone():
   """
   cfg = dit.DiTConfig(
     dim=12, ffn_dim=12, num_heads=2, num_layers=1, patch=1, channels=3,
-    text="none", freq_dim=4, chunk_frames=1, window=1, sink=1, remat="none",
+    text="none", freq_dim=4, chunk_frames=1, remat="none",
+    attention=AttentionConfig(window=1, sink=1),
   )  # fmt: skip
   denoiser, (x, text) = denoiser_lib.make(cfg), linear.batch(f=4)
   rng = np.random.default_rng(0)

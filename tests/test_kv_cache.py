@@ -81,8 +81,35 @@ def test_write_changes_one_slot_and_casts():
 
 
 def test_init_has_a_buffer_per_layer():
-  cache = kv_cache.init(3, (2, 8, 1, 4), "float32")
-  assert len(cache.k) == len(cache.v) == 3
+  cache = kv_cache.init(3, 4, (2, 2, 1, 4), "bfloat16", routed=True)
+  assert len(cache.k) == len(cache.v) == len(cache.mean) == 3
   assert all(z.shape == (2, 8, 1, 4) for z in (*cache.k, *cache.v))
-  buffers = {z.unsafe_buffer_pointer() for z in (*cache.k, *cache.v)}
-  assert len(buffers) == 6  # not aliases: each is donated and written
+  assert all(z.shape == (2, 4, 1, 4) for z in cache.mean)
+  assert {z.dtype.name for z in cache.mean} == {"float32"}
+  every = (*cache.k, *cache.v, *cache.mean)
+  buffers = {z.unsafe_buffer_pointer() for z in every}
+  assert len(buffers) == 9  # not aliases: each is donated and written
+  assert kv_cache.init(3, 4, (2, 2, 1, 4), "float32").mean == ()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_layout_s_sight_is_what_it_says(case):
+  chunks, window, sink, keep_all = case
+  layout = kv_cache.layout(chunks, window, sink, keep_all)
+  _, held, visible = held_and_visible(layout, chunks)
+  for chunk in range(chunks):
+    sight = layout.sight(jnp.int32(chunk), 5)
+    np.testing.assert_array_equal(sight.sees[0], visible[chunk])
+    assert held[chunk][int(sight.own[0])] == chunk
+    assert sight.own.dtype == jnp.int32
+    if sight.count is None:  # a buffer with more than what is in sight
+      assert keep_all
+    else:
+      np.testing.assert_array_equal(
+        visible[chunk], np.arange(layout.slots) < int(sight.count)
+      )
+    if layout.in_order:
+      filled = held[chunk] >= 0
+      np.testing.assert_array_equal(
+        held[chunk][filled], np.arange(layout.slots)[filled]
+      )

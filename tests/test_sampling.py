@@ -64,7 +64,7 @@ def inputs(given, b=2):
 @pytest.fixture(scope="module")
 def sampler():
   """A window and a sink, so that videos outgrow their cache."""
-  config = tiny(window=2, sink=1)
+  config = tiny(attention=dict(window=2, sink=1))
   return sampling.Sampler(config, weights(config))
 
 

@@ -37,8 +37,7 @@ def tiny(**log):
     text="none",
     freq_dim=4,
     scan_unroll=1,
-    window=2,
-    sink=1,
+    attention=dict(window=2, sink=1),
   )
   config.optimizer.ema = 0.8
   for name in STAGES:

@@ -8,14 +8,17 @@ over layers would copy all of it). Tests hold the two equal.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from avd_jax.models import attention
 from avd_jax.models.dit import Block, CausalDiT, DiTConfig
-from avd_jax.ops import attention, kv_cache, masks, rope
+from avd_jax.ops import kv_cache, masks
 from avd_jax.typing import Denoiser, Params, Text
 
 
@@ -31,17 +34,19 @@ class Cache:
   kv: kv_cache.KVCache
   layout: kv_cache.Layout
 
-  @property
-  def k(self):
-    return self.kv.k
-
-  @property
-  def v(self):
-    return self.kv.v
+  def layers(self) -> list[attention.Past]:
+    """What each layer remembers."""
+    mean = self.kv.mean or (None,) * len(self.kv.k)
+    return [
+      attention.Past(*parts)
+      for parts in zip(self.kv.k, self.kv.v, mean, strict=True)
+    ]
 
 
 def _cached(
   cfg: DiTConfig,
+  platform: str | None,
+  attend: Callable[..., tuple[Array, attention.Past]],
   params: Params,
   x: Float[Array, "b f h w c"],
   t: Float[Array, "b"],
@@ -56,59 +61,55 @@ def _cached(
   e, e0, context = call(t, text, method="condition")
   tokens = call(x, method="embed")
   frames = chunk * cfg.chunk_frames + jnp.arange(cfg.chunk_frames)
-  angles, sink_angles = call(
-    x, frames // cfg.chunk_frames, frames, method="angles"
-  )
-  layout = cache.layout
-  slot, see = layout.slot(chunk), layout.visible(chunk)
-  see = jnp.repeat(see, tokens.shape[2])[None]
-  split = layout.sink * tokens.shape[2]
-  keys, values = list(cache.kv.k), list(cache.kv.v)
-  layer = lambda i: jax.tree.map(lambda w: w[i], params["blocks"])
-  for i in range(cfg.num_layers):
-    weights = {"params": layer(i)}
-    block = functools.partial(Block(cfg).apply, weights)
+  turns = call(x, frames // cfg.chunk_frames, frames, method="angles")
+  layers = []
+  for i, past in enumerate(cache.layers()):
+    weights = jax.tree.map(lambda w, i=i: w[i], params["blocks"])
+    block = functools.partial(Block(cfg).apply, {"params": weights})
     q, k, v = block(tokens, e0, method="qkv")
-    keys[i] = kv_cache.write(keys[i], rope.rotate(k, angles), slot)
-    values[i] = kv_cache.write(values[i], v, slot)
-    out = attention.reference(
-      rope.rotate(q, angles),
-      keys[i][:, split:],
-      values[i][:, split:],
-      see[:, split:],
+    out, past = attend(
+      cfg.attention, q, k, v, turns, past, cache.layout, chunk, platform
     )
-    if split:
-      to_sink = attention.reference(
-        rope.rotate(q, sink_angles),
-        keys[i][:, :split],
-        values[i][:, :split],
-        see[:, :split],
-      )
-      out = attention.merge(out, to_sink)
-    tokens = block(tokens, e0, out[0], context, method="finish")
+    tokens = block(tokens, e0, out, context, method="finish")
+    layers.append(past)
   v = call(tokens, e, x, t, method="predict")
-  kv = kv_cache.KVCache(tuple(keys), tuple(values))
+  k, v_, mean = zip(*layers, strict=True)
+  kv = kv_cache.KVCache(k, v_, mean if cache.kv.mean else ())
   return v, dataclasses.replace(cache, kv=kv)
 
 
-def make(cfg: DiTConfig) -> Denoiser:
-  """The two faces of a CausalDiT."""
+def make(
+  cfg: DiTConfig,
+  platform: str | None = None,
+  attend: Callable[..., tuple[Array, attention.Past]] = attention.cached,
+) -> Denoiser:
+  """The two faces of a CausalDiT.
+
+  Args:
+    cfg: the network.
+    platform: what programs will run on, "cpu", "gpu" or "tpu"; None asks JAX
+      for its default backend.
+    attend: a layer's attention in the cached face; who wants to look on wraps
+      `attention.cached`.
+  """
 
   def parallel(params, x, t, text, history=None):
-    model = CausalDiT(cfg, history is not None)
+    model = CausalDiT(cfg, history is not None, platform)
     return model.apply({"params": params}, x, t, text, history)
 
   def init_cache(x, chunks, keep_all=False):
     """An empty cache; `x` [b f h w c] is a chunk, or has its shape."""
     rows, columns = cfg.grid(x.shape[2], x.shape[3])
-    layout = kv_cache.layout(chunks, cfg.window, cfg.sink, keep_all)
-    tokens = layout.slots * cfg.chunk_frames * rows * columns
+    see = cfg.attention
+    layout = kv_cache.layout(chunks, see.window, see.sink, keep_all)
+    tokens = cfg.chunk_frames * rows * columns
     shape = (x.shape[0], tokens, cfg.num_heads, cfg.head_dim)
-    return Cache(kv_cache.init(cfg.num_layers, shape, cfg.dtype), layout)
+    routed = see.routing_top_k is not None
+    kv = kv_cache.init(cfg.num_layers, layout.slots, shape, cfg.dtype, routed)
+    return Cache(kv, layout)
 
-  return Denoiser(
-    parallel, functools.partial(_cached, cfg), init_cache, cfg.chunk_frames
-  )
+  cached = functools.partial(_cached, cfg, platform, attend)
+  return Denoiser(parallel, cached, init_cache, cfg.chunk_frames)
 
 
 def init(cfg: DiTConfig, key: Array, x, text) -> Params:
@@ -143,8 +144,13 @@ def forward_flops(
   rows, columns = cfg.grid(height, width)
   tokens = cfg.chunk_frames * rows * columns
   chunks = frames // cfg.chunk_frames
-  mask = masks.history_mask(streams, cfg.window, cfg.sink)
-  pairs = int(masks.chunk_table(mask, chunks, streams).sum()) * tokens**2
+  see = cfg.attention
+  mask = masks.history_mask(streams, see.window, see.sink)
+  sight = masks.sight(mask, chunks, streams, tokens)
+  history = sight.candidates().sum(1)
+  if see.routing_top_k is not None:
+    history = np.minimum(history, see.routing_top_k)
+  pairs = int(history.sum() + len(sight.own)) * tokens**2
   linear = 4 * cfg.dim**2 + 2 * cfg.dim * cfg.ffn_dim
   if cfg.text != "none":
     linear += 2 * cfg.dim**2

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from avd_jax.errors import UserError
-from avd_jax.models import layers
+from avd_jax.models import attention, layers
 from avd_jax.models import text as text_lib
-from avd_jax.ops import attention, masks, rope
+from avd_jax.models.attention import AttentionConfig
+from avd_jax.ops import masks, reference, rope
 from avd_jax.typing import History, Text
 
 
@@ -42,8 +43,7 @@ class DiTConfig:
     text_tokens: text vectors that the byte conditioner makes.
     freq_dim: sinusoids of the timestep.
     chunk_frames: latent frames in a chunk, the autoregressive unit.
-    window: chunks of history a chunk sees; None sees all.
-    sink: first chunks that stay in sight beyond the window.
+    attention: what a query sees of the history, and who computes it.
     prediction: "v" or "x0" (v is then (x - x0) / max(t, min_t)).
     min_t: where the x0 form stops dividing.
     spatial_embedding: (rows, columns) of a learned embedding, or None. Rotary
@@ -68,8 +68,9 @@ class DiTConfig:
   text_tokens: int = 8
   freq_dim: int = 256
   chunk_frames: int = 3
-  window: int | None = None
-  sink: int = 0
+  attention: AttentionConfig = dataclasses.field(
+    default_factory=AttentionConfig
+  )
   prediction: str = "v"
   min_t: float = 0.05
   spatial_embedding: tuple[int, int] | None = None
@@ -115,13 +116,6 @@ class DiTConfig:
           f"model.{field} {getattr(self, field)!r} is not one of"
           f" {', '.join(allowed)}"
         )
-    if self.sink and self.window is None:
-      raise UserError(
-        "model.sink needs model.window: without a window every chunk stays"
-        " in sight anyway"
-      )
-    if self.window is not None:
-      masks.Window(self.window, self.sink)
 
   @property
   def head_dim(self) -> int:
@@ -170,11 +164,13 @@ class Block(nn.Module):
     cfg: the network's config.
     mask: the pass's mask; None where only `qkv` and `finish` are used.
     streams: streams along the tokens, 1 or 2.
+    platform: what the program will run on; None asks JAX.
   """
 
   cfg: DiTConfig
   mask: Any = None
   streams: int = 1
+  platform: str | None = None
 
   def setup(self):
     c = self.cfg
@@ -247,35 +243,34 @@ class Block(nn.Module):
     y = y.reshape(y.shape[0], -1, y.shape[-1])
     q = _heads(self.cross_norm_q(self.cross_q(y)), heads)
     k = _heads(self.cross_norm_k(self.cross_k(text)), heads)
-    out, _ = attention.reference(q, k, _heads(self.cross_v(text), heads))
+    out, _ = reference.reference(q, k, _heads(self.cross_v(text), heads))
     return self.cross_o(out.reshape(y.shape)).reshape(x.shape)
 
-  def __call__(self, x, kv, e, text, angles, sink_angles):
+  def __call__(self, x, past, e, text, turns):
     """Parallel self-attention of all streams; a nn.scan body.
 
-    With `kv`, the keys and values [b n*s a d] of a history that a rollout
-    already made, `x` is the noisy stream alone.
+    With `past`, what a rollout remembers of a history, `x` is the noisy stream
+    alone.
     """
-    q, k, v = self.qkv(x, e)
-    streams = self.streams if kv is None else self.streams - 1
-    turn = lambda z, by: rope.rotate(z, jnp.tile(by, (streams, 1)))
-    k = turn(k, angles)
-    if kv is not None:
-      k = jnp.concatenate([kv[0].astype(k.dtype), k], 1)
-      v = jnp.concatenate([kv[1].astype(v.dtype), v], 1)
-    tokens = x.shape[2]
-    table = masks.chunk_table(self.mask, x.shape[1] // streams, self.streams)
-    see = masks.dense(table[-x.shape[1] :], tokens, tokens)
-    split = self.cfg.sink * tokens
-    out = attention.reference(
-      turn(q, angles), k[:, split:], v[:, split:], see[:, split:]
+    rows = x.shape[1]
+    chunks = rows // (self.streams if past is None else self.streams - 1)
+    sight = masks.sight(
+      self.mask,
+      chunks,
+      self.streams,
+      x.shape[2],
+      rows,
+      self.cfg.attention.sink,
     )
-    if split:
-      to_sink = attention.reference(
-        turn(q, sink_angles), k[:, :split], v[:, :split], see[:, :split]
-      )
-      out = attention.merge(out, to_sink)
-    return self.finish(x, e, out[0], text), None
+    out = attention.parallel(
+      self.cfg.attention,
+      *self.qkv(x, e),
+      turns,
+      sight,
+      past,
+      self.platform,
+    )
+    return self.finish(x, e, out, text), None
 
 
 class CausalDiT(nn.Module):
@@ -285,10 +280,12 @@ class CausalDiT(nn.Module):
     cfg: its shape.
     history: whether a history stream stands before the noisy one. The
       parameters are the same either way.
+    platform: what the program will run on; None asks JAX.
   """
 
   cfg: DiTConfig
   history: bool = False
+  platform: str | None = None
 
   def setup(self):
     c = self.cfg
@@ -339,13 +336,15 @@ class CausalDiT(nn.Module):
       block,
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(0,) + (nn.broadcast,) * 4,
+      in_axes=(0,) + (nn.broadcast,) * 3,
       length=c.num_layers,
       unroll=c.scan_unroll,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )
     streams = 2 if self.history else 1
-    return stack(c, masks.history_mask(streams, c.window, c.sink), streams)
+    see = c.attention
+    mask = masks.history_mask(streams, see.window, see.sink)
+    return stack(c, mask, streams, self.platform)
 
   def embed(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b n s e"]:
     """Patches to tokens, chunk by chunk, float32."""
@@ -398,34 +397,30 @@ class CausalDiT(nn.Module):
     """All chunks at once; velocities of the noisy stream."""
     c = self.cfg
     e, e0, context = self.condition(t, text)
-    tokens, kv, chunks = self.embed(x), None, t.shape[1]
+    tokens, past, chunks = self.embed(x), None, t.shape[1]
     e0_all = e0
     if history is not None and history.cache is not None:
-      kv = (jnp.stack(history.cache.k), jnp.stack(history.cache.v))
+      layers = history.cache.layers()
+      past = jax.tree.map(lambda *layer: jnp.stack(layer), *layers)
     elif history is not None:
       _, e0_history, _ = self.condition(history.t, text)
       tokens = jnp.concatenate([self.embed(history.x), tokens], 1)
       e0_all = jnp.concatenate([e0_history, e0], 1)
     frames = jnp.arange(x.shape[1])
-    angles, sink_angles = self.angles(x, frames // c.chunk_frames, frames)
-    tokens, _ = self.blocks(tokens, kv, e0_all, context, angles, sink_angles)
+    turns = self.angles(x, frames // c.chunk_frames, frames)
+    tokens, _ = self.blocks(tokens, past, e0_all, context, turns)
     return self.predict(tokens[:, -chunks:], e, x, t)
 
-  def angles(self, x, chunk, frames):
-    """Rotary angles, and those of queries to sink keys.
-
-    A sink slides along with the window: the distance to it never exceeds
-    sink + window chunks, which training has seen.
-    """
+  def angles(self, x, chunk, frames) -> attention.Angles:
+    """Rotary angles of the tokens of `frames` of `x`, in chunks `chunk`."""
     c = self.cfg
-    grid = functools.partial(
-      rope.grid_angles,
+    return attention.angles(
+      c.attention,
+      chunk,
+      frames,
+      c.chunk_frames,
       height=x.shape[2] // c.patch,
       width=x.shape[3] // c.patch,
       head_dim=c.head_dim,
       theta=c.rope_theta,
     )
-    if not c.sink:
-      return grid(frames), None
-    far = jnp.maximum(chunk - (c.sink + c.window), 0) * c.chunk_frames
-    return grid(frames), grid(frames - far)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from avd_jax.models import layers
-from avd_jax.ops import attention
+from avd_jax.ops.reference import reference
 
 VOCABULARY = 257  # 0 pads, byte + 1 otherwise
 
@@ -56,7 +56,5 @@ class ByteConditioner(nn.Module):
       queries.astype(self.dtype), (ids.shape[0], self.tokens, self.dim)
     )
     # Padding stays visible: an empty caption must still be a caption.
-    out, _ = attention.reference(
-      q[:, :, None], keys[:, :, None], values[:, :, None]
-    )
+    out, _ = reference(q[:, :, None], keys[:, :, None], values[:, :, None])
     return out[:, :, 0]

@@ -1,75 +1,194 @@
-"""Attention that returns its log-sum-exp, and the exact merge of branches.
+"""The front door of attention: mask structure in, (out, lse) out.
 
-`reference` is the definition: every other implementation is tested against
-it. A branch is attention over some of the keys; `merge` joins branches into
-the one softmax over all of them, with no approximation, because the softmax of
-a union is the average of its parts weighted by their exponentiated lse.
+`attend` takes a `Sight` (which chunk sees which) and, where history is routed,
+a `Routing`, and hands both to one of the implementations below: the one that
+is named, or the one that `choose` picks from platform, shapes and mask, with
+its reason. What an implementation cannot do it refuses by name; nothing falls
+back in silence.
+
+| name | what | where |
+|---|---|---|
+| reference | one masked product, the definition | anywhere, small |
+| xla | per-chunk products, a loop over slots, grouped routing | anywhere |
+| cudnn | per-chunk calls of cuDNN's flash attention | GPU |
+| triton | our kernels: key ranges, routed tiles | GPU |
+| splash | JAX's splash attention, a mask computed inside | TPU |
+| tpu | our routed kernel | TPU |
 """
 
+import importlib
+from typing import Any, NamedTuple
+
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-# The lse of a row without keys: finite, so that 0 * inf never arises.
-EMPTY = -1e30
+from avd_jax.errors import UserError
+from avd_jax.ops.masks import Sight
+from avd_jax.ops.problem import Problem, describe
+from avd_jax.ops.reference import Out
+from avd_jax.ops.routing import Routing
 
-Out = tuple[Float[Array, "b q a d"], Float[Array, "b q a"]]
+IMPLEMENTATIONS = ("reference", "xla", "cudnn", "triton", "splash", "tpu")
+
+# Logits up to which one masked product beats several smaller ones on a CPU:
+# `avd bench attention` shows where they cross.
+SMALL = 2**17
+# Bytes of keys and values that per-chunk calls may copy for their backward
+# pass before the range kernel, which copies none, is worth its lower rate.
+COPIES = 4 * 2**30
+# Tokens of a chunk from which grouped routing beats masked dense products.
+GROUPED = 64
 
 
-def reference(
+class Choice(NamedTuple):
+  """An implementation and why it was taken."""
+
+  name: str
+  reason: str
+
+
+def _module(problem: Problem, name: str) -> Any:
+  """Where an implementation of this problem lives; imported when asked for."""
+  routed = problem.top_k is not None
+  path = {
+    "reference": "masked",
+    "xla": "kernels.grouped" if routed and _grouped(problem) else "chunked",
+    "cudnn": "cudnn",
+    "triton": "kernels.triton_routed" if routed else "kernels.triton_ranges",
+    "splash": "kernels.splash",
+    "tpu": "kernels.tpu_routed",
+  }[name]
+  return importlib.import_module(f"avd_jax.ops.{path}")
+
+
+def _grouped(problem: Problem) -> bool:
+  """Whether plain JAX groups queries by choice instead of masking."""
+  return problem.tokens >= GROUPED and problem.columns > problem.top_k + 1
+
+
+def _logits(problem: Problem) -> int:
+  return problem.rows * problem.columns * problem.tokens**2
+
+
+def _copies(problem: Problem) -> int:
+  """Bytes that per-chunk calls keep of keys and values for the backward."""
+  if not problem.static or problem.runs < 2:
+    return 0
+  size = 4 if problem.dtype == "float32" else 2
+  row = problem.heads * problem.head_dim * problem.tokens * problem.batch
+  return 2 * problem.pairs * row * size
+
+
+def refusals(problem: Problem) -> dict[str, str | None]:
+  """Why each implementation cannot do a problem; None where it can."""
+  return {
+    name: _module(problem, name).refuses(problem) for name in IMPLEMENTATIONS
+  }
+
+
+def choose(problem: Problem, implementation: str = "auto") -> Choice:
+  """The implementation for a problem, and why.
+
+  Args:
+    problem: what is asked.
+    implementation: "auto", or one of IMPLEMENTATIONS.
+
+  Raises:
+    UserError: an unknown name, or an implementation that refuses.
+  """
+  if implementation != "auto":
+    if implementation not in IMPLEMENTATIONS:
+      raise UserError(
+        f"model.attention.implementation {implementation!r} is not one of"
+        f" auto, {', '.join(IMPLEMENTATIONS)}"
+      )
+    reason = _module(problem, implementation).refuses(problem)
+    if reason is not None:
+      able = [name for name, no in refusals(problem).items() if no is None]
+      raise UserError(
+        f"model.attention.implementation {implementation!r}: {reason};"
+        f" able here: {', '.join(able)} (or 'auto')"
+      )
+    return Choice(implementation, "asked for by name")
+  refused = []
+  for name, reason in _preferences(problem):
+    no = _module(problem, name).refuses(problem)
+    if no is None:
+      return Choice(name, reason)
+    refused.append(f"{name}: {no}")
+  return Choice(
+    "xla", f"plain JAX, since no kernel fits ({'; '.join(refused)})"
+  )
+
+
+def _preferences(problem: Problem) -> list[tuple[str, str]]:
+  """(name, reason), best first, of what would be fast on this platform."""
+  routed = problem.top_k is not None
+  if problem.platform == "cpu":
+    if _logits(problem) <= SMALL:
+      return [("reference", "so small that one masked product is fastest")]
+    if routed and _grouped(problem):
+      return [("xla", "queries grouped by the chunk they chose")]
+    return [("xla", "a product per chunk: the mask's work and no more")]
+  if problem.platform == "tpu":
+    if routed:
+      return [("tpu", "our kernel: queries grouped by the chunk they chose")]
+    return [("splash", "skips blocks by a mask computed inside the kernel")]
+  if routed:
+    return [("triton", "our kernels: queries grouped by the chunk they chose")]
+  dense = [
+    ("cudnn", "per-chunk calls of cuDNN do the mask's work and no more"),
+    ("triton", "one kernel over ranges of keys, nothing copied or masked"),
+  ]
+  return dense[::-1] if _copies(problem) > COPIES else dense
+
+
+def explain(problem: Problem) -> list[tuple[str, str]]:
+  """(implementation, verdict) for each, the chosen one marked as such."""
+  picked = choose(problem)
+  lines = []
+  for name, no in refusals(problem).items():
+    verdict = "could" if no is None else f"cannot: {no}"
+    if name == picked.name:
+      verdict = f"chosen: {picked.reason}"
+    lines.append((name, verdict))
+  return lines
+
+
+def attend(
   q: Float[Array, "b q a d"],
   k: Float[Array, "b k a d"],
   v: Float[Array, "b k a d"],
-  mask: Bool[Array | np.ndarray, "... #q k"] | None = None,
+  sight: Sight,
+  *,
+  routing: Routing | None = None,
+  q_sink: Float[Array, "b q a d"] | None = None,
+  implementation: str = "auto",
+  platform: str | None = None,
 ) -> Out:
-  """Softmax attention in float32, scaled by d^-1/2.
+  """One softmax over what each query sees: its own chunk and its history.
 
   Args:
-    q: queries.
-    k: keys.
+    q: queries, sight.tokens for each row of the sight.
+    k: keys, sight.tokens for each column.
     v: values.
-    mask: True where a query sees a key; [q k], [1 k] or broadcastable
-      to [b a q k].
+    sight: which chunk sees which.
+    routing: restricts each query to its own chunk and the chunks of history
+      that it chooses; None attends to all that is seen.
+    q_sink: queries to the sight's sink columns, where those are met at another
+      rotary distance.
+    implementation: "auto", or one of IMPLEMENTATIONS.
+    platform: what the program will run on: "cpu", "gpu" or "tpu"; None asks
+      JAX for its default backend.
 
   Returns:
-    (out, lse). A row that sees no key gives out 0 and lse EMPTY.
+    (out [b q a d], lse [b q a] float32).
+
+  Raises:
+    UserError: an implementation that cannot do this, with the reason.
   """
-  if not k.shape[1]:
-    return jnp.zeros_like(q), jnp.full(q.shape[:3], EMPTY)
-  logits = jnp.einsum(
-    "bqad,bkad->baqk", q, k, preferred_element_type=jnp.float32
-  )
-  logits = logits * (q.shape[-1] ** -0.5)
-  if mask is not None:
-    logits = jnp.where(mask, logits, EMPTY)
-  # The maximum only guards the exponent; its gradient cancels. Starting it
-  # from EMPTY lets a branch have no keys at all.
-  top = jnp.max(logits, -1, keepdims=True, initial=EMPTY)
-  top = jax.lax.stop_gradient(top)
-  weight = jnp.exp(logits - top)
-  if mask is not None:
-    weight = jnp.where(mask, weight, 0.0)
-  total = jnp.sum(weight, -1, keepdims=True)
-  some = total > 0
-  safe = jnp.where(some, total, 1.0)
-  lse = jnp.where(some, top + jnp.log(safe), EMPTY)[..., 0]
-  out = jnp.einsum(
-    "baqk,bkad->bqad",
-    (weight / safe).astype(v.dtype),
-    v,
-    preferred_element_type=jnp.float32,
-  )
-  return out.astype(q.dtype), jnp.swapaxes(lse, 1, 2)
-
-
-def merge(*branches: Out) -> Out:
-  """One softmax over the union of the branches' (disjoint) keys."""
-  outs, lses = zip(*branches, strict=True)
-  lse = jnp.stack(lses)
-  top = jax.lax.stop_gradient(jnp.max(lse, 0))
-  weight = jnp.exp(lse - top)
-  total = jnp.sum(weight, 0)
-  share = (weight / total)[..., None]
-  out = jnp.sum(share * jnp.stack(outs).astype(jnp.float32), 0)
-  return out.astype(outs[0].dtype), top + jnp.log(total)
+  platform = platform or jax.default_backend()
+  problem = describe(platform, q, k, sight, routing, q_sink)
+  picked = choose(problem, implementation)
+  module = _module(problem, picked.name)
+  return module.attend(q, k, v, sight, routing=routing, q_sink=q_sink)

@@ -17,12 +17,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from avd_jax.ops.masks import Sight
+
 
 class KVCache(NamedTuple):
-  """Keys (rotated at their absolute frame) and values, one array a layer."""
+  """What a layer remembers of each chunk, one array a layer.
+
+  Attributes:
+    k: keys, rotated at their absolute frame.
+    v: values.
+    mean: mean keys of each slot, float32, where history is routed; else empty.
+  """
 
   k: tuple[Float[Array, "b k a d"], ...]
   v: tuple[Float[Array, "b k a d"], ...]
+  mean: tuple[Float[Array, "b c a d"], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +74,30 @@ class Layout:
       see &= (chunk - held <= self.window) | (held < self.sink)
     return see
 
+  @property
+  def in_order(self) -> bool:
+    """Whether slot i holds chunk i, whatever the chunk."""
+    return self.window is None
+
+  @property
+  def prefix(self) -> bool:
+    """Whether every filled slot is in sight, and those come first."""
+    if self.window is None:
+      return True
+    return self.sink + self.window + 1 >= self.slots
+
+  def sight(self, chunk: Int[Array, ""], tokens: int) -> Sight:
+    """What chunk `chunk` sees, as the front door of attention takes it."""
+    filled = jnp.minimum(chunk + 1, self.slots)
+    return Sight(
+      sees=self.visible(chunk)[None],
+      own=jnp.asarray(self.slot(chunk), jnp.int32)[None],
+      tokens=tokens,
+      history=self.slots,
+      sink=self.sink,
+      count=filled if self.prefix else None,
+    )
+
 
 def layout(
   chunks: int, window: int | None, sink: int, keep_all: bool
@@ -76,10 +109,21 @@ def layout(
   return Layout(slots, min(sink, slots), window)
 
 
-def init(layers: int, shape: tuple[int, int, int, int], dtype: str) -> KVCache:
-  """An empty cache; `shape` is [b, slots * s, a, d]."""
-  zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(layers))
-  return KVCache(zeros(), zeros())
+def init(
+  layers: int,
+  slots: int,
+  shape: tuple[int, int, int, int],
+  dtype: str,
+  routed: bool = False,
+) -> KVCache:
+  """An empty cache of chunks of `shape` [b s a d]."""
+  b, s, a, d = shape
+  empty = lambda *size, dtype: tuple(
+    jnp.zeros(size, dtype) for _ in range(layers)
+  )
+  k, v = (empty(b, slots * s, a, d, dtype=dtype) for _ in range(2))
+  mean = empty(b, slots, a, d, dtype="float32") if routed else ()
+  return KVCache(k, v, mean)
 
 
 def write(

@@ -14,6 +14,8 @@ pass runs one (stream 0).
 import dataclasses
 from typing import Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from avd_jax.errors import UserError
@@ -122,3 +124,78 @@ def chunk_table(mask: Mask, num_chunks: int, streams: int) -> np.ndarray:
 def dense(table: np.ndarray, q_tokens: int, k_tokens: int) -> np.ndarray:
   """A table of chunks spread to tokens, [q chunks * q_tokens, k ...]."""
   return np.repeat(np.repeat(table, q_tokens, 0), k_tokens, 1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sight:
+  """Which chunks of keys each chunk of queries attends to.
+
+  What the front door of attention takes instead of a token mask. A pass over
+  whole videos knows its tables (numpy), and implementations plan with them;
+  a chunk against a KV cache has one row, whose tables are traced.
+
+  Attributes:
+    sees: booleans [rows, columns]: a row of queries sees a column of keys.
+    own: [rows], the column of each row's own chunk: always seen, and never
+      routed.
+    tokens: of a chunk, of queries and of keys alike.
+    history: how many of the first columns hold history, which is what routing
+      chooses from; columns after it are seen as somebody's own chunk only.
+    sink: how many of the first columns are sinks, whose keys other queries
+      (`q_sink`) may meet.
+    count: how many first columns are seen, where a single row sees exactly
+      those; None where it may see others.
+  """
+
+  sees: np.ndarray | jax.Array
+  own: np.ndarray | jax.Array
+  tokens: int
+  history: int
+  sink: int = 0
+  count: jax.Array | None = None
+
+  @property
+  def static(self) -> bool:
+    """Whether the tables are known while tracing."""
+    return isinstance(self.sees, np.ndarray)
+
+  def candidates(self) -> np.ndarray | jax.Array:
+    """Booleans [rows, history]: what routing may choose."""
+    xp = np if self.static else jnp
+    columns = xp.arange(self.history)
+    mine = columns == self.own[:, None]
+    return self.sees[:, : self.history] & ~mine
+
+  def runs(self, row: int) -> list[tuple[int, int]]:
+    """The columns that a row sees, as ascending half-open ranges."""
+    edges = np.diff(np.concatenate([[0], self.sees[row].astype(int), [0]]))
+    starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+    return [(int(a), int(b)) for a, b in zip(starts, ends, strict=True)]
+
+
+def sight(
+  mask: Mask,
+  num_chunks: int,
+  streams: int,
+  tokens: int,
+  rows: int | None = None,
+  sink: int = 0,
+) -> Sight:
+  """The sight of a pass over whole videos; of its last `rows` chunks only.
+
+  Raises:
+    UserError: a mask that leaves a query without keys, or that hides a
+      chunk from itself.
+  """
+  table = chunk_table(mask, num_chunks, streams)
+  own = np.arange(streams * num_chunks, dtype=np.int32)
+  blind = np.flatnonzero(~table[own, own])
+  if blind.size:
+    raise UserError(
+      f"attention mask {mask}: chunk {int(blind[0])} of {len(own)} does not"
+      " see itself; every query needs its own chunk among its keys"
+    )
+  rows = len(own) if rows is None else rows
+  return Sight(
+    table[-rows:], own[-rows:], tokens, num_chunks, min(sink, num_chunks)
+  )

@@ -168,7 +168,9 @@ def initial_weights(config: ConfigDict, program: Program) -> Params | None:
   with contextlib.closing(checkpoints):
     theirs = checkpoints.record(step)["config"]["model"]
     ours = config_lib.to_json(config)["model"]
-    changed = config_lib.differences(theirs, ours, "model.")
+    changed = config_lib.differences(
+      theirs, ours, "model.", config_lib.WEIGHTLESS
+    )
     if changed:
       raise UserError(
         f"init_from {config.init_from} holds another model"

@@ -64,7 +64,8 @@ class Program:
   def loss(self, name: str) -> LossFn:
     """The objective of a stage."""
     config, stage = self.config, self.config.stage[name]
-    denoiser = denoiser_lib.make(self.model)
+    platform = self.mesh.devices.flat[0].platform
+    denoiser = denoiser_lib.make(self.model, platform)
     return flow_loss.flow_loss(
       denoiser,
       HISTORIES[stage.history](denoiser, stage),

@@ -1,0 +1,76 @@
+"""What an attention call asks for, in the few facts implementations go by."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from avd_jax.ops.masks import Sight
+from avd_jax.ops.routing import Routing
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """An attention call without its arrays.
+
+  Attributes:
+    platform: "cpu", "gpu" or "tpu".
+    batch: videos.
+    rows: chunks of queries.
+    columns: chunks of keys.
+    tokens: of a chunk.
+    heads: attention heads.
+    head_dim: dims of a head.
+    dtype: of queries, keys and values.
+    top_k: chunks that routing chooses; None where it is off.
+    static: whether the mask is known while tracing (a pass over whole
+      videos) or traced (a chunk against a KV cache).
+    prefix: of a traced mask: whether what is seen is a prefix of the cache.
+    runs: most contiguous ranges of columns that a row of a static mask sees.
+    pairs: chunk pairs that attention needs, of a static mask without routing.
+    sink_queries: whether sink keys are met by queries of their own.
+  """
+
+  platform: str
+  batch: int
+  rows: int
+  columns: int
+  tokens: int
+  heads: int
+  head_dim: int
+  dtype: str
+  top_k: int | None = None
+  static: bool = True
+  prefix: bool = False
+  runs: int = 1
+  pairs: int = 0
+  sink_queries: bool = False
+
+
+def describe(
+  platform: str,
+  q: jax.Array,
+  k: jax.Array,
+  sight: Sight,
+  routing: Routing | None = None,
+  q_sink: jax.Array | None = None,
+) -> Problem:
+  """The problem that arrays (or their shapes) pose."""
+  rows, columns = sight.sees.shape
+  static = sight.static
+  return Problem(
+    platform={"cuda": "gpu", "rocm": "gpu"}.get(platform, platform),
+    batch=q.shape[0],
+    rows=rows,
+    columns=columns,
+    tokens=sight.tokens,
+    heads=q.shape[2],
+    head_dim=q.shape[3],
+    dtype=str(np.dtype(q.dtype)),
+    top_k=None if routing is None else routing.top_k,
+    static=static,
+    prefix=sight.count is not None,
+    runs=max(len(sight.runs(r)) for r in range(rows)) if static else 1,
+    pairs=int(sight.sees.sum()) if static else columns,
+    sink_queries=q_sink is not None and sight.sink > 0,
+  )

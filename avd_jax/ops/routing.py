@@ -1,0 +1,111 @@
+"""History routing: each query token of each head chooses its own history.
+
+A chunk of history is described by the mean of its keys; a query takes the
+top-k chunks by inner product with those, and attends, in one softmax, to them
+and to its own chunk. Nothing here has parameters, and no gradient passes
+through the choice.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from avd_jax.ops.masks import Sight
+
+NONE = -1  # a choice that is not there: fewer chunks than top_k
+
+
+class Routing(NamedTuple):
+  """What choosing needs.
+
+  Attributes:
+    top_k: chunks of history that a query chooses.
+    descriptors: [b c a d] float32, mean keys of the history columns.
+    q: [b q a d], the queries that choose, where they are not those that
+      attend (raw descriptors want raw queries).
+    order: [c], the chunk that each column holds; ties go to the lowest. None
+      where columns stand in order.
+  """
+
+  top_k: int
+  descriptors: Float[Array, "b c a d"]
+  q: Float[Array, "b q a d"] | None = None
+  order: Int[Array, "c"] | None = None
+
+
+def descriptors(
+  k: Float[Array, "b k a d"], tokens: int
+) -> Float[Array, "b k//{tokens} a d"]:
+  """Mean keys of chunks of `tokens` tokens, float32."""
+  b, _, a, d = k.shape
+  return k.astype(jnp.float32).reshape(b, -1, tokens, a, d).mean(2)
+
+
+def scores(
+  q: Float[Array, "b q a d"],
+  sight: Sight,
+  routing: Routing,
+  q_sink: Float[Array, "b q a d"] | None = None,
+) -> Float[Array, "b q a c"]:
+  """Inner products of queries and descriptors, float32."""
+
+  def product(q, described):
+    return jnp.einsum(
+      "bqad,bcad->bqac",
+      q.astype(jnp.float32),
+      described,
+      precision=jax.lax.Precision.HIGHEST,
+    )
+
+  if routing.q is not None:
+    return product(routing.q, routing.descriptors)
+  split = sight.sink if q_sink is not None else 0
+  rest = product(q, routing.descriptors[:, split:])
+  if not split:
+    return rest
+  return jnp.concatenate(
+    [product(q_sink, routing.descriptors[:, :split]), rest], -1
+  )
+
+
+def choose(
+  q: Float[Array, "b q a d"],
+  sight: Sight,
+  routing: Routing,
+  q_sink: Float[Array, "b q a d"] | None = None,
+) -> Int[Array, "b q a t"]:
+  """The columns that each token of each head chooses, best first.
+
+  Ties go to the lowest chunk; where fewer chunks than top_k may be chosen,
+  all of them are and NONE fills the rest. [RF Eq. 8]
+  """
+  score = jax.lax.stop_gradient(scores(q, sight, routing, q_sink))
+  may = jnp.repeat(jnp.asarray(sight.candidates()), sight.tokens, 0)
+  may = may[None, :, None, :]
+  place = None
+  if routing.order is not None:  # columns as chunks follow each other
+    place = jnp.argsort(routing.order).astype(jnp.int32)
+    score, may = score[..., place], may[..., place]
+  columns = jnp.arange(score.shape[-1], dtype=jnp.int32)
+  may = jnp.broadcast_to(may, score.shape)
+  chosen = []
+  for _ in range(routing.top_k):
+    best = jnp.argmax(jnp.where(may, score, -jnp.inf), -1).astype(jnp.int32)
+    some = jnp.any(may, -1)
+    may &= columns != best[..., None]
+    if place is not None:
+      best = place[best]
+    chosen.append(jnp.where(some, best, NONE))
+  return jnp.stack(chosen, -1)
+
+
+def chosen_columns(
+  chosen: Int[Array, "b q a t"], sight: Sight
+) -> Bool[Array, "b q a {sight.sees.shape[1]}"]:
+  """Whether a token attends to a column: chosen, or its own chunk."""
+  columns = jnp.arange(sight.sees.shape[1], dtype=jnp.int32)
+  own = jnp.repeat(jnp.asarray(sight.own), sight.tokens)[None, :, None, None]
+  taken = (chosen[..., None] == columns).any(-2)
+  return taken | (columns == own)
