@@ -45,6 +45,15 @@ FREE = (
 )
 HISTORIES = ("ground_truth", "self_resampled")
 
+# Fields that are None by default: they still have a type, or no argument could
+# set them.
+OPTIONAL = {
+  "model.attention.window": int,
+  "model.attention.routing_top_k": int,
+  "model.spatial_embedding": tuple,
+  "data.fps": float,
+}
+
 AT_LEAST = {
   "seed": 0,
   "loss.skip_chunks": 0,
@@ -109,14 +118,7 @@ def default() -> ConfigDict:
     )
   )
   data = dataclasses.asdict(DataConfig())
-  # A field that is None by default still has a type, or no argument could set
-  # it.
-  model |= dict(spatial_embedding=placeholder(tuple))
-  model["attention"] |= dict(
-    window=placeholder(int), routing_top_k=placeholder(int)
-  )
-  data |= dict(fps=placeholder(float))
-  return ConfigDict(
+  return _optional(
     dict(
       seed=0,
       init_from="",  # workdir whose newest EMA weights training starts from
@@ -154,6 +156,19 @@ def default() -> ConfigDict:
   )
 
 
+def _optional(values: dict[str, Any]) -> ConfigDict:
+  """A ConfigDict in which what is None may be set to a value of its type."""
+  config = ConfigDict(values)
+  for name, kind in OPTIONAL.items():
+    *path, field = name.split(".")
+    section = config
+    for part in path:
+      section = section.get(part, {})
+    if section.get(field, 0) is None:
+      section[field] = placeholder(kind)
+  return config
+
+
 def load(path: str, overrides: list[str]) -> ConfigDict:
   """Reads a config file and applies `--config.field=value` arguments.
 
@@ -170,20 +185,37 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
     raise UserError(f"config {file}: {kind}: {_line(error)}") from error
   if not isinstance(config, ConfigDict):
     raise UserError(f"config {file}: get_config must return a ConfigDict")
-  _override(config, overrides)
+  override(config, overrides)
   check(config)
   return config
 
 
-def _override(config: ConfigDict, overrides: list[str]) -> None:
-  """Applies `--config.field=value` arguments."""
-  for override in overrides:
-    name, equals, _ = override.partition("=")
+def override(
+  config: ConfigDict,
+  overrides: list[str],
+  may: tuple[str, ...] = ("",),
+) -> None:
+  """Applies `--config.field=value` arguments.
+
+  Args:
+    config: changed in place.
+    overrides: the arguments.
+    may: how the names of fields that may change begin.
+
+  Raises:
+    UserError: an unknown field, one that may not change, or a wrong value.
+  """
+  for argument in overrides:
+    name, equals, _ = argument.partition("=")
     path, section = name.removeprefix("--config.").split("."), config
     for field in path[:-1]:
       section = section.get(field) if isinstance(section, ConfigDict) else None
     if not isinstance(section, ConfigDict) or path[-1] not in section:
       raise UserError(f"{name}: unknown config field")
+    if not ".".join(path).startswith(may):
+      raise UserError(
+        f"{name}: cannot change in a trained run; {', '.join(may)} can"
+      )
     if not equals:
       raise UserError(f"{name}: write {name}=VALUE")
   values, argv = flags.FlagValues(), ["avd", *overrides]
@@ -347,7 +379,7 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
       return {k: tuples(v) for k, v in value.items()}
     return tuple(tuples(v) for v in value) if isinstance(value, list) else value
 
-  return ConfigDict(tuples(values))
+  return _optional(tuples(values))
 
 
 def differences(

@@ -8,7 +8,7 @@ its noise belongs to its absolute index.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from avd_jax.models import denoiser as denoiser_lib
 from avd_jax.models import dit
 from avd_jax.typing import Denoiser, Params
 
+CHANGEABLE = (*config_lib.WEIGHTLESS, "sampling.", "evaluation.")
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
@@ -34,10 +36,13 @@ class Sampler:
   Attributes:
     config: the run's.
     params: its weights.
+    make: makes the network's two faces; who wants to look on wraps
+      `denoiser.make`.
   """
 
   config: ConfigDict
   params: Params
+  make: Callable[[dit.DiTConfig], Denoiser] = denoiser_lib.make
 
   @functools.cached_property
   def model(self) -> dit.DiTConfig:
@@ -46,7 +51,7 @@ class Sampler:
   @functools.cached_property
   def _denoiser(self) -> Denoiser:
     denoiser, scale = (
-      denoiser_lib.make(self.model),
+      self.make(self.model),
       self.config.sampling.guidance,
     )
     if scale == 1.0 or self.model.text == "none":
@@ -104,6 +109,17 @@ class Sampler:
     Raises:
       UserError: frames that are not whole chunks, or nothing to make.
     """
+    for made, _ in self.segments(given, text, frames, seed):
+      yield made
+
+  def segments(
+    self,
+    given: np.ndarray,
+    text: np.ndarray,
+    frames: int,
+    seed: int = 0,
+  ) -> Iterator[tuple[np.ndarray, Any]]:
+    """As `stream`, each with the cache after it, gone when the next is made."""
     size = self.model.chunk_frames
     if given.shape[1] % size or frames % size:
       raise UserError(
@@ -129,7 +145,7 @@ class Sampler:
       made, cache = self._segment(
         self.params, text, cache, key, jnp.int32(done), shape, segment
       )
-      yield np.asarray(made)[:, : (total - done) * size]
+      yield np.asarray(made)[:, : (total - done) * size], cache
       done += segment
 
   def extend(
@@ -151,15 +167,23 @@ class Sampler:
     return np.concatenate(parts, 1)
 
 
-def load(workdir: str | Path) -> Sampler:
+def load(workdir: str | Path, overrides: Sequence[str] = ()) -> Sampler:
   """The newest EMA weights of a run, as a sampler.
 
+  Args:
+    workdir: the run's.
+    overrides: `--config.field=value` arguments for what weights do not depend
+      on: how attention sees the history, and how to sample and evaluate.
+
   Raises:
-    UserError: no such run, or a torn checkpoint.
+    UserError: no such run, a torn checkpoint, or a field that may not change.
   """
   checkpoints, step = checkpoint.open_existing(workdir)
   try:
     config = config_lib.from_json(checkpoints.record(step)["config"])
+    config_lib.override(config, list(overrides), CHANGEABLE)
+    if overrides:
+      config_lib.check(config)
     model = config_lib.typed(dit.DiTConfig, config.model)
     data = config_lib.typed(DataConfig, config.data)
     shape = (1, model.chunk_frames, data.height, data.width, model.channels)

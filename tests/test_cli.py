@@ -105,7 +105,7 @@ def test_help_fits_a_screen_and_is_there_at_once():
     [],
     ["fly"],
     ["train", "--workdir", "x"],
-    ["sample", "--workdir", "x", "--out", "x.mp4", "--config.seed=1"],
+    ["sample", "--workdir", "x", "--out", "x.mp4", "--seeds=1"],
     [
       "train",
       "--config",

@@ -469,6 +469,14 @@ def test_impossible_networks_are_refused(changes, message):
     ),
     ({"descriptor": "max"}, "descriptor 'max' is not one of rotated, raw"),
     ({"implementation": "flash"}, "'flash' is not one of auto, reference"),
+    (
+      {"implementation": "cudnn", "routing_top_k": 2},
+      "'cudnn' lacks model.attention.routing_top_k: use triton, tpu, xla",
+    ),
+    (
+      {"implementation": "splash", "window": 2, "sink": 1},
+      "'splash' lacks model.attention.sink: use triton, xla",
+    ),
   ],
 )
 def test_impossible_attention_is_refused(changes, message):

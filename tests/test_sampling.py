@@ -209,6 +209,29 @@ def test_a_sampler_holds_the_average_on_one_device(run):
   assert ours == theirs
 
 
+def test_a_trained_model_may_be_sampled_with_another_attention(run):
+  """Dense weights, routed: the same weights, and another video; and back."""
+  workdir, ema = run
+  sees = lambda **what: [
+    f"--config.model.attention.{name}={value}" for name, value in what.items()
+  ]
+  dense = sampling.load(workdir)
+  routed = sampling.load(workdir, sees(routing_top_k=1))
+  jax.tree.map(np.testing.assert_array_equal, routed.params, ema)
+  assert routed.model.attention.routing_top_k == 1
+  given, text = inputs(1)
+  videos = [s.extend(given, text, 4) for s in (dense, routed)]
+  # Two chunks have one chunk of history at most: nothing to choose yet.
+  CLOSE(videos[0][:, :2], videos[1][:, :2])
+  assert np.abs(videos[0] - videos[1]).max() > 1e-3
+  every = sampling.load(workdir, sees(routing_top_k=3)).extend(given, text, 4)
+  CLOSE(every, videos[0])
+  with pytest.raises(UserError, match=r"model.dim: cannot change in a trained"):
+    sampling.load(workdir, ["--config.model.dim=24"])
+  with pytest.raises(UserError, match="routing_top_k"):
+    sampling.load(workdir, sees(routing_top_k=400))
+
+
 @pytest.mark.parametrize(
   "damage", ["manifest", "arrays", "metadata", "record", "missing"]
 )

@@ -307,6 +307,25 @@ def test_init_from_refuses_what_does_not_fit(whole, tmp_path, programs):
     loop.initial_weights(config, programs(config, mesh()))
 
 
+def test_weights_may_start_under_another_attention(whole, tmp_path, programs):
+  """A dense model goes on routed, or with another window: the same weights."""
+  workdir, final = whole
+  config = tiny()
+  config.init_from = str(workdir)
+  config.model.attention.update(window=3, sink=0, routing_top_k=1)
+  config.model.update(dtype="bfloat16", remat="block")
+  program = programs(config, mesh())
+  equal(loop.initial_weights(config, program), final.ema)
+
+
+def test_an_attention_that_cannot_be_is_refused_before_training(tmp_path):
+  config = tiny()
+  config.model.attention.implementation = "triton"
+  with pytest.raises(UserError, match="implementation 'triton': .*cpu"):
+    loop.train(config, tmp_path, mesh(), progress=False)
+  assert not list(tmp_path.glob("checkpoints/[0-9]*"))
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_the_loss_falls(programs, name):
   config = tiny()

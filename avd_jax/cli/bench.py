@@ -1,13 +1,16 @@
-"""Benchmark: what a training step costs, method against method.
+"""Benchmarks: a training step, attention, a long rollout.
 
   avd bench step
   avd bench step --config configs/worlds_tiny.py --rounds 40 --json step.json
+  avd bench attention --json attention.json
+  avd bench attention --explain
+  avd bench rollout --chunks 500 --plot rollout.png
 
-Contenders run in turn; ratios are medians over rounds. mfu is measured against
-a matrix product timed in the same rounds.
+Contenders run in turn; ratios are medians over rounds.
 """
 
 import argparse
+from typing import Any
 
 MEANINGS = {
   "rf_over_tf": "resampling-forcing step over teacher-forcing step",
@@ -18,17 +21,60 @@ MEANINGS = {
 }
 
 
+def _top_k(text: str) -> int | None:
+  return None if text == "all" else int(text)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("what", choices=("step",))
-  parser.add_argument("--config", default="configs/worlds_tiny.py")
-  parser.add_argument("--rounds", type=int, default=20)
-  parser.add_argument("--json", help="file to write the numbers to")
+  kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+  step = kinds.add_parser("step", help="resampling against teacher forcing")
+  step.add_argument("--config", default="configs/worlds_tiny.py")
+  step.add_argument("--rounds", type=int, default=20)
+  step.add_argument("--json", help="file to write the numbers to")
+
+  cost = kinds.add_parser("attention", help="every implementation, by length")
+  cost.add_argument("--chunks", type=int, nargs="+", default=[7, 21, 60])
+  cost.add_argument(
+    "--top-k", type=_top_k, nargs="+", default=[1, 5, None], metavar="K|all"
+  )
+  cost.add_argument(
+    "--mode", nargs="+", choices=("training", "decoding"), dest="modes"
+  )
+  for name in ("tokens", "heads", "head-dim", "batch"):
+    cost.add_argument(f"--{name}", type=int, help="default: by platform")
+  cost.add_argument("--dtype", help="default: by platform")
+  cost.add_argument("--rounds", type=int, default=10)
+  cost.add_argument("--json", help="file to write the numbers to")
+  cost.add_argument(
+    "--explain",
+    action="store_true",
+    help="only say which implementation would be chosen, and why",
+  )
+  cost.add_argument(
+    "--platform",
+    choices=("cpu", "gpu", "tpu"),
+    help="with --explain: another than this machine's",
+  )
+
+  rollout = kinds.add_parser("rollout", help="hundreds of chunks: cost of each")
+  rollout.add_argument("--chunks", type=int, default=500)
+  rollout.add_argument("--json", help="file to write the numbers to")
+  rollout.add_argument("--plot", help="PNG to draw")
 
 
 def run(args: argparse.Namespace) -> None:
+  {"step": _step, "attention": _attention, "rollout": _rollout}[args.what](args)
+
+
+def _write(path: str | None, numbers: dict[str, Any]) -> None:
   import json
   from pathlib import Path
 
+  if path:
+    Path(path).write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+def _step(args: argparse.Namespace) -> None:
   from avd_jax import config as config_lib
   from avd_jax.cli import devices
   from avd_jax.studies import step_cost
@@ -40,5 +86,56 @@ def run(args: argparse.Namespace) -> None:
   for name, value in numbers.items():
     shown = f"{value:.4g}" if isinstance(value, float) else value
     print(f"{name:<20} {shown:>10}  {MEANINGS.get(name, '')}")
-  if args.json:
-    Path(args.json).write_text(json.dumps(numbers, indent=2) + "\n")
+  _write(args.json, numbers)
+
+
+def _attention(args: argparse.Namespace) -> None:
+  import dataclasses
+
+  from avd_jax.cli import devices
+  from avd_jax.errors import UserError
+  from avd_jax.studies import attention_cost
+
+  if args.platform and not args.explain:
+    raise UserError("--platform needs --explain: timing runs where it runs")
+  devices.start()
+  platform = args.platform or devices.platform()
+  given = {
+    field: getattr(args, field)
+    for field in ("tokens", "heads", "head_dim", "batch", "dtype")
+    if getattr(args, field) is not None
+  }
+  size = dataclasses.replace(attention_cost.SIZES[platform], **given)
+  modes = args.modes or attention_cost.MODES
+  if args.explain:
+    text = attention_cost.explain(
+      platform, size, args.chunks, args.top_k, modes
+    )
+    print(text)
+    return
+  numbers = {"device": devices.describe()} | attention_cost.measure(
+    platform, size, args.chunks, args.top_k, modes, args.rounds
+  )
+  print(attention_cost.table(numbers))
+  _write(args.json, numbers)
+
+
+def _rollout(args: argparse.Namespace) -> None:
+  from avd_jax.cli import devices
+  from avd_jax.studies import long_rollout
+
+  devices.start()
+  where = devices.describe()
+  numbers = {"device": where} | long_rollout.measure(args.chunks)
+  print(f"{'history':<20}{'ms/chunk':>10}{'last fifth over first':>24}")
+  for kind, curve in numbers["kinds"].items():
+    ms = sum(curve["ms"]) / len(curve["ms"])
+    growth = curve["growth"]
+    print(
+      f"{kind:<20}{ms:>10.1f}{growth['time']:>12.2f}x time"
+      f"{growth['memory']:>8.2f}x memory"
+    )
+  _write(args.json, numbers)
+  if args.plot:
+    long_rollout.draw(args.plot, numbers, where)
+    print(f"wrote {args.plot}")

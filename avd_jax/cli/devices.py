@@ -61,6 +61,11 @@ def mesh(config: ConfigDict) -> Mesh:
   return parallel.make_mesh(jax.devices(), shape)
 
 
+def platform() -> str:
+  """What this runs on: "cpu", "gpu" or "tpu"."""
+  return jax.devices()[0].platform
+
+
 def describe() -> str:
   """What this runs on, for reports."""
   devices = jax.devices()

@@ -7,6 +7,9 @@ Rolls out held-out videos to config.evaluation.frames and writes drift.json,
 drift.png, comparison.mp4, comparison.gif and report.html to
 workdir/evaluation. Worlds are compared with their known truth; real video
 with its own first frames.
+
+Fields that weights do not depend on may change: sampling.*, and what attention
+sees, --config.model.attention.routing_top_k=5 for one.
 """
 
 import argparse
@@ -33,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
   from avd_jax.studies import rollouts
 
   devices.start()
-  sampler = sampling.load(args.workdir)
+  sampler = sampling.load(args.workdir, args.overrides)
   config = sampler.config
   for name in ("videos", "frames", "given", "seed"):
     value = getattr(args, name)

@@ -7,6 +7,9 @@
 With --given K, the first K frames are real: of --video, or of a held-out video
 of the run's own data. The suffix of --out picks the format: .mp4, .gif, .webp
 or .mkv (lossless).
+
+Fields that weights do not depend on may change: sampling.*, and what attention
+sees, --config.model.attention.routing_top_k=5 for one.
 """
 
 import argparse
@@ -47,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
   if args.fps <= 0:
     raise UserError(f"--fps {args.fps}: must be positive")
   devices.start()
-  sampler = sampling.load(args.workdir)
+  sampler = sampling.load(args.workdir, args.overrides)
   config = sampler.config
   if args.steps is not None:
     config.sampling.steps = args.steps

@@ -16,6 +16,7 @@ from avd_jax.errors import UserError
 from avd_jax.ops import attention, kv_cache, masks, rope
 from avd_jax.ops import routing as routing_lib
 from avd_jax.ops.masks import Sight
+from avd_jax.ops.problem import describe
 from avd_jax.ops.routing import Routing
 
 DESCRIPTORS = ("rotated", "raw")
@@ -58,6 +59,15 @@ class AttentionConfig:
           f"model.attention.{field} {getattr(self, field)!r} is not one of"
           f" {', '.join(allowed)}"
         )
+    for name in ("cudnn", "splash"):
+      if self.implementation == name and (self.routing_top_k or self.sink):
+        lacks = "routing_top_k" if self.routing_top_k else "sink"
+        able = ("triton", "tpu") if self.routing_top_k else ("triton",)
+        raise UserError(
+          f"model.attention.implementation {name!r} lacks"
+          f" model.attention.{lacks}: use {', '.join(able)}, xla, reference or"
+          " auto"
+        )
     if self.routing_top_k is None:
       return
     if self.routing_top_k < 1:
@@ -80,6 +90,49 @@ class AttentionConfig:
         f"model.attention.routing_top_k {k}: {what} {most} chunks of history;"
         f" give 1 to {most}, or None to attend to all in sight"
       )
+
+
+def check(
+  cfg: AttentionConfig,
+  chunks: int,
+  tokens: int,
+  heads: int,
+  head_dim: int,
+  dtype: str,
+  platform: str,
+) -> None:
+  """Refuses an implementation that cannot do a model's attention.
+
+  Both faces are asked about: videos of `chunks` chunks at once in two streams,
+  and a chunk of `tokens` tokens against a cache of them.
+
+  Raises:
+    UserError: naming the setting, the reason, and what could do it.
+  """
+  shape = lambda n: jax.ShapeDtypeStruct(
+    (1, n * tokens, heads, head_dim), dtype
+  )
+  layout = kv_cache.layout(chunks, cfg.window, cfg.sink, keep_all=False)
+  parallel = masks.sight(
+    masks.history_mask(2, cfg.window, cfg.sink),
+    chunks,
+    2,
+    tokens,
+    None,
+    cfg.sink,
+  )
+  cached = layout.sight(jnp.int32(0), tokens)
+  for sight in (parallel, cached):
+    rows, columns = sight.sees.shape
+    problem = describe(
+      platform,
+      shape(rows),
+      shape(columns),
+      sight,
+      cfg.routing_top_k,
+      bool(cfg.sink),
+    )
+    attention.choose(problem, cfg.implementation)
 
 
 class Angles(NamedTuple):

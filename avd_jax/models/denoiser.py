@@ -55,7 +55,7 @@ def _cached(
   chunk: Array,
 ) -> tuple[Float[Array, "b f h w c"], Cache]:
   """One chunk against the cache: the second face of the same weights."""
-  model = CausalDiT(cfg)
+  model = CausalDiT(cfg, platform=platform)
   call = functools.partial(model.apply, {"params": params})
   t = t[:, None]
   e, e0, context = call(t, text, method="condition")
@@ -65,7 +65,9 @@ def _cached(
   layers = []
   for i, past in enumerate(cache.layers()):
     weights = jax.tree.map(lambda w, i=i: w[i], params["blocks"])
-    block = functools.partial(Block(cfg).apply, {"params": weights})
+    block = functools.partial(
+      Block(cfg, platform=platform).apply, {"params": weights}
+    )
     q, k, v = block(tokens, e0, method="qkv")
     out, past = attend(
       cfg.attention, q, k, v, turns, past, cache.layout, chunk, platform

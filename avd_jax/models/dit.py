@@ -22,7 +22,8 @@ from avd_jax.errors import UserError
 from avd_jax.models import attention, layers
 from avd_jax.models import text as text_lib
 from avd_jax.models.attention import AttentionConfig
-from avd_jax.ops import masks, reference, rope
+from avd_jax.ops import attention as attention_lib
+from avd_jax.ops import masks, rope
 from avd_jax.typing import History, Text
 
 
@@ -243,7 +244,8 @@ class Block(nn.Module):
     y = y.reshape(y.shape[0], -1, y.shape[-1])
     q = _heads(self.cross_norm_q(self.cross_q(y)), heads)
     k = _heads(self.cross_norm_k(self.cross_k(text)), heads)
-    out, _ = reference.reference(q, k, _heads(self.cross_v(text), heads))
+    v = _heads(self.cross_v(text), heads)
+    out = attention_lib.attend_all(q, k, v, self.platform)
     return self.cross_o(out.reshape(y.shape)).reshape(x.shape)
 
   def __call__(self, x, past, e, text, turns):

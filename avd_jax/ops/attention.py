@@ -20,12 +20,14 @@ import importlib
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 from avd_jax.errors import UserError
+from avd_jax.ops import cudnn
 from avd_jax.ops.masks import Sight
 from avd_jax.ops.problem import Problem, describe
-from avd_jax.ops.reference import Out
+from avd_jax.ops.reference import Out, reference
 from avd_jax.ops.routing import Routing
 
 IMPLEMENTATIONS = ("reference", "xla", "cudnn", "triton", "splash", "tpu")
@@ -36,8 +38,11 @@ SMALL = 2**17
 # Bytes of keys and values that per-chunk calls may copy for their backward
 # pass before the range kernel, which copies none, is worth its lower rate.
 COPIES = 4 * 2**30
-# Tokens of a chunk from which grouped routing beats masked dense products.
+# Plain JAX groups queries by the chunk they chose when chunks have this many
+# tokens; a decoded chunk's few queries, spread over a long history, fill no
+# groups: each then fetches its own choice.
 GROUPED = 64
+FETCHED, CROWD = 128, 8
 
 
 class Choice(NamedTuple):
@@ -63,7 +68,10 @@ def _module(problem: Problem, name: str) -> Any:
 
 def _grouped(problem: Problem) -> bool:
   """Whether plain JAX groups queries by choice instead of masking."""
-  return problem.tokens >= GROUPED and problem.columns > problem.top_k + 1
+  if problem.tokens < GROUPED or problem.columns <= problem.top_k + 1:
+    return False
+  crowd = problem.tokens * problem.top_k / problem.columns
+  return problem.static or problem.tokens > FETCHED or crowd >= CROWD
 
 
 def _logits(problem: Problem) -> int:
@@ -129,6 +137,8 @@ def _preferences(problem: Problem) -> list[tuple[str, str]]:
       return [("reference", "so small that one masked product is fastest")]
     if routed and _grouped(problem):
       return [("xla", "queries grouped by the chunk they chose")]
+    if routed and not problem.static:
+      return [("xla", "each query fetches its choice: flat in the history")]
     return [("xla", "a product per chunk: the mask's work and no more")]
   if problem.platform == "tpu":
     if routed:
@@ -186,9 +196,43 @@ def attend(
 
   Raises:
     UserError: an implementation that cannot do this, with the reason.
+  [RF Eq. 9]
   """
   platform = platform or jax.default_backend()
-  problem = describe(platform, q, k, sight, routing, q_sink)
+  top_k = None if routing is None else routing.top_k
+  problem = describe(platform, q, k, sight, top_k, q_sink is not None)
   picked = choose(problem, implementation)
   module = _module(problem, picked.name)
   return module.attend(q, k, v, sight, routing=routing, q_sink=q_sink)
+
+
+# Queries that attention to everything takes at a time where no kernel keeps
+# its logits out of memory.
+BLOCK = 4096
+
+
+def attend_all(
+  q: Float[Array, "b q a d"],
+  k: Float[Array, "b k a d"],
+  v: Float[Array, "b k a d"],
+  platform: str | None = None,
+) -> Float[Array, "b q a d"]:
+  """Attention of every query to every key, such as to text.
+
+  cuDNN's where it can; else plain JAX, a block of queries at a time, so that
+  the logits of a long video never exist all at once.
+  """
+  platform = platform or jax.default_backend()
+  sight = Sight(np.ones((1, 1), bool), np.zeros(1, np.int32), q.shape[1], 1)
+  problem = describe(platform, q, k, sight)
+  if problem.platform == "gpu" and cudnn.refuses(problem) is None:
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+  length = q.shape[1]
+  blocks = next(
+    n for n in range(-(-length // BLOCK), length + 1) if length % n == 0
+  )
+  if blocks == 1:
+    return reference(q, k, v)[0]
+  cut = q.reshape(q.shape[0], blocks, -1, *q.shape[2:]).swapaxes(0, 1)
+  out = jax.lax.map(jax.checkpoint(lambda q: reference(q, k, v)[0]), cut)
+  return out.swapaxes(0, 1).reshape(q.shape)

@@ -41,7 +41,7 @@ def attend(
   if sight.static:
     return per_chunk(q, k, v, sight, routing=routing, q_sink=q_sink)
   if routing is not None:
-    return masked.attend(q, k, v, sight, routing=routing, q_sink=q_sink)
+    return _gathered(q, k, v, sight, routing, q_sink)
   return _over_slots(q, k, v, sight, q_sink)
 
 
@@ -146,6 +146,65 @@ def _over_slots(q, k, v, sight: Sight, q_sink) -> Out:
 
   call = exact_gradient(fast, exact)
   return call(q, k, v, q_sink, jnp.asarray(sight.sees))
+
+
+def _gathered(q, k, v, sight: Sight, routing: Routing, q_sink) -> Out:
+  """The single row of a traced sight, choice after choice of each query.
+
+  Every query fetches the keys of its own choice: work and memory do not depend
+  on how long the history is, nor on who else chose what.
+  """
+
+  def exact(q, k, v, q_sink, sees, own, routing):
+    seen = Sight(sees, own, sight.tokens, sight.history, sight.sink)
+    return masked.attend(q, k, v, seen, routing=routing, q_sink=q_sink)
+
+  def fast(q, k, v, q_sink, sees, own, routing):
+    b, _, a, d = q.shape
+    seen = Sight(sees, own, sight.tokens, sight.history, sight.sink)
+    chosen = routing_lib.choose(q, seen, routing, q_sink)
+    split = lambda x: x.reshape(b, -1, sight.tokens, a, d)
+    video, head = jnp.arange(b)[:, None, None], jnp.arange(a)
+    keys, values = split(k), split(v)
+
+    def step(carry, column):
+      fetch = lambda x: x[video, jnp.maximum(column, 0), :, head]
+      turned = q
+      if q_sink is not None:
+        turned = jnp.where((column < sight.sink)[..., None], q_sink, q)
+      # One query against keys of its own: queries and heads are the batch.
+      flat = lambda x: x.reshape(-1, *x.shape[3:])
+      out, lse = reference(
+        flat(turned)[:, None, None],
+        flat(fetch(keys))[:, :, None],
+        flat(fetch(values))[:, :, None],
+      )
+      lse = jnp.where(column >= 0, lse.reshape(column.shape), EMPTY)
+      out = out.reshape(q.shape).astype(jnp.float32)
+      return _fold(carry, out, lse), None
+
+    mine = lambda x: jax.lax.dynamic_slice_in_dim(
+      x, own[0] * sight.tokens, sight.tokens, 1
+    )
+    turned = q
+    if q_sink is not None:
+      turned = jnp.where(own[0] < sight.sink, q_sink, q)
+    out, lse = reference(turned, mine(k), mine(v))
+    start = (out.astype(jnp.float32), lse)
+    steps = jnp.moveaxis(chosen, -1, 0)
+    out, lse = jax.lax.scan(step, start, steps)[0]
+    return out.astype(q.dtype), lse
+
+  # top_k is a number, not data.
+  bind = lambda call: (
+    lambda *args: call(*args[:-1], routing._replace(**args[-1]))
+  )
+  call = exact_gradient(bind(fast), bind(exact))
+  arrays = {
+    name: getattr(routing, name) for name in ("descriptors", "q", "order")
+  }
+  sees, own = jnp.asarray(sight.sees), jnp.asarray(sight.own)
+  return call(q, k, v, q_sink, sees, own, arrays)
 
 
 def _fold(carry, out, lse):

@@ -42,7 +42,7 @@ def attend(
   routing: Routing | None = None,
   q_sink: Float[Array, "b q a d"] | None = None,
 ) -> Out:
-  """One masked softmax over all keys. [RF Eq. 9]"""
+  """One masked softmax over all keys."""
   chosen = None
   if routing is not None:
     chosen = routing_lib.choose(q, sight, routing, q_sink)

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 
 from avd_jax.ops.masks import Sight
-from avd_jax.ops.routing import Routing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +48,11 @@ class Problem:
 
 def describe(
   platform: str,
-  q: jax.Array,
-  k: jax.Array,
+  q: jax.Array | jax.ShapeDtypeStruct,
+  k: jax.Array | jax.ShapeDtypeStruct,
   sight: Sight,
-  routing: Routing | None = None,
-  q_sink: jax.Array | None = None,
+  top_k: int | None = None,
+  sink_queries: bool = False,
 ) -> Problem:
   """The problem that arrays (or their shapes) pose."""
   rows, columns = sight.sees.shape
@@ -67,10 +66,10 @@ def describe(
     heads=q.shape[2],
     head_dim=q.shape[3],
     dtype=str(np.dtype(q.dtype)),
-    top_k=None if routing is None else routing.top_k,
+    top_k=top_k,
     static=static,
     prefix=sight.count is not None,
     runs=max(len(sight.runs(r)) for r in range(rows)) if static else 1,
     pairs=int(sight.sees.sum()) if static else columns,
-    sink_queries=q_sink is not None and sight.sink > 0,
+    sink_queries=sink_queries and sight.sink > 0,
   )

@@ -1,13 +1,11 @@
 """What a training step costs, method against method, on this machine.
 
-Machines are shared and noisy, so a time alone says little: contenders run in
-turn, round after round in one process, and what is reported is the median of
-the rounds' ratios. MFU is measured against a matrix product timed in the same
-rounds, not against a data sheet.
+What is reported are ratios between contenders that ran in turn (`race`). MFU is
+measured against a matrix product timed in the same rounds, not against a data
+sheet.
 """
 
-import statistics
-import time
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from avd_jax import config as config_lib
 from avd_jax import parallel
@@ -24,15 +21,10 @@ from avd_jax.algorithms import histories
 from avd_jax.data import pipeline
 from avd_jax.errors import UserError
 from avd_jax.models import denoiser as denoiser_lib
+from avd_jax.studies import race
 from avd_jax.training.program import Program
 
 MATMUL = 2048  # side of the product that stands for the machine's peak
-
-
-def _timed(call: Callable[[], Any]) -> float:
-  start = time.perf_counter()
-  jax.block_until_ready(call())
-  return time.perf_counter() - start
 
 
 def _steps(program: Program, batch: Any, name: str) -> Callable[[], Any]:
@@ -108,26 +100,12 @@ def measure(
     "rollout": _rollout(program, batch, options),
     "matmul": _matmul(program.model.dtype),
   }
-  times: dict[str, list[float]] = {name: [] for name in contenders}
-  bar = tqdm(desc="compile", total=len(contenders), disable=not progress)
-  with bar:
-    for call in contenders.values():
-      jax.block_until_ready(call())
-      jax.block_until_ready(call())  # the first after a compile is no measure
-      bar.update()
-  with tqdm(desc="rounds", total=rounds, disable=not progress) as bar:
-    for _ in range(rounds):
-      for name, call in contenders.items():
-        times[name].append(_timed(call))
-      bar.update()
+  times = race.run(contenders, rounds, progress)
   return _summary(times, program, data)
 
 
 def _summary(times, program, data) -> dict[str, float]:
-  median = lambda values: float(statistics.median(values))
-  ratio = lambda a, b: median(
-    [x / y for x, y in zip(times[a], times[b], strict=True)]
-  )
+  ratio = functools.partial(race.ratio, times)
   model = program.model
   flops = (
     3
@@ -143,8 +121,8 @@ def _summary(times, program, data) -> dict[str, float]:
     "rf_over_tf": ratio("rf", "tf"),
     "rf_detached_over_tf": ratio("rf_detached", "tf"),
     "rollout_share": ratio("rollout", "rf"),
-    "tokens_per_second": tokens / median(times["tf"]),
+    "tokens_per_second": tokens / race.median(times["tf"]),
     "mfu": work * ratio("matmul", "tf"),
-    **{f"{name}_ms": 1e3 * median(t) for name, t in times.items()},
+    **{f"{name}_ms": 1e3 * race.median(t) for name, t in times.items()},
     "rounds": len(times["tf"]),
   }

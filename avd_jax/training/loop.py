@@ -112,6 +112,7 @@ def train(
   checkpoints = checkpoint.Checkpoints(workdir, config.log.keep)
   try:
     program = Program(config, mesh)
+    program.check()
     step = checkpoints.latest() or 0
     _claim(workdir, config, checkpoints.record(step) if step else None)
     plan = stretches(config)

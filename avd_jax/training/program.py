@@ -15,8 +15,8 @@ from avd_jax.algorithms import flow_loss, histories
 from avd_jax.config import typed
 from avd_jax.data.pipeline import DataConfig
 from avd_jax.diffusion import flow_matching
+from avd_jax.models import attention, dit
 from avd_jax.models import denoiser as denoiser_lib
-from avd_jax.models import dit
 from avd_jax.training import optim
 from avd_jax.training import state as state_lib
 from avd_jax.training.state import TrainState
@@ -51,6 +51,29 @@ class Program:
   def model(self) -> dit.DiTConfig:
     return typed(dit.DiTConfig, self.config.model)
 
+  @property
+  def platform(self) -> str:
+    """What the mesh's devices are: "cpu", "gpu" or "tpu"."""
+    return self.mesh.devices.flat[0].platform
+
+  def check(self) -> None:
+    """Refuses what this mesh's devices cannot compute, before they try.
+
+    Raises:
+      UserError: an attention implementation that cannot do this model.
+    """
+    model, x = self.model, self.batch.x
+    rows, columns = model.grid(*x.shape[2:4])
+    attention.check(
+      model.attention,
+      chunks=x.shape[1] // model.chunk_frames,
+      tokens=model.chunk_frames * rows * columns,
+      heads=model.num_heads,
+      head_dim=model.head_dim,
+      dtype=model.dtype,
+      platform=self.platform,
+    )
+
   @functools.cached_property
   def batch(self) -> Batch:
     """Shapes of a global batch."""
@@ -64,8 +87,7 @@ class Program:
   def loss(self, name: str) -> LossFn:
     """The objective of a stage."""
     config, stage = self.config, self.config.stage[name]
-    platform = self.mesh.devices.flat[0].platform
-    denoiser = denoiser_lib.make(self.model, platform)
+    denoiser = denoiser_lib.make(self.model, self.platform)
     return flow_loss.flow_loss(
       denoiser,
       HISTORIES[stage.history](denoiser, stage),

@@ -1,0 +1,50 @@
+"""Charts of what generating costs: time and memory by chunk, lines by name."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from avd_jax.evaluation.charts import LIGHT, Theme
+
+
+def long_rollout(
+  path: str | Path,
+  curves: Mapping[str, Mapping[str, Sequence[float]]],
+  title: str,
+  theme: Theme = LIGHT,
+) -> None:
+  """Time of a chunk and memory held, over the chunks of a long video.
+
+  Args:
+    path: PNG to write.
+    curves: name -> "chunk", "ms" and "memory_mb", equally long.
+    title: what ran where.
+    theme: colours.
+  """
+  figure = Figure(figsize=(9, 3.6), dpi=150, facecolor=theme.paper)
+  axes = figure.subplots(1, 2)
+  panels = (("ms", "Time of a chunk (ms)"), ("memory_mb", "Memory held (MB)"))
+  for ax, (field, label) in zip(axes, panels, strict=True):
+    ax.set_facecolor(theme.paper)
+    for (name, curve), color in zip(curves.items(), theme.lines, strict=False):
+      ax.plot(curve["chunk"], curve[field], color=color, lw=1.6)
+      ax.annotate(
+        name,
+        (curve["chunk"][-1], curve[field][-1]),
+        (4, 0),
+        textcoords="offset points",
+        color=color,
+        va="center",
+        fontsize=8,
+      )
+    ax.set_ylim(0)
+    ax.set_xlim(0, 1.3 * max(max(c["chunk"]) for c in curves.values()))
+    ax.set_xlabel("chunk of the video", color=theme.ink)
+    ax.set_title(label, color=theme.ink, fontsize=10, loc="left")
+    ax.grid(color=theme.faint, lw=0.5)
+    ax.tick_params(colors=theme.ink, labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+  figure.suptitle(title, color=theme.ink, fontsize=10, x=0.02, ha="left")
+  figure.tight_layout()
+  figure.savefig(path)
