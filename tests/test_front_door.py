@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from avd_jax import parallel
 from avd_jax.errors import UserError
 from avd_jax.ops import attention, chunked, kv_cache, masked, masks, routing
 from avd_jax.ops.problem import Problem, describe
@@ -341,7 +342,51 @@ def test_attend_asks_for_what_it_describes():
   )
   jax.tree.map(CLOSE, one, other)
   with pytest.raises(UserError, match="it runs on a GPU"):
-    attention.attend(q, k, v, sight, implementation="cudnn", platform="cpu")
+    attention.attend(q, k, v, sight, implementation="cudnn", place="cpu")
+
+
+@pytest.mark.parametrize("name", ["two streams", "window and sink", "cache"])
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_kernels_run_on_each_device_s_videos_and_heads(name, top_k):
+  """The same numbers and gradients as one device, with nothing gathered."""
+  mesh = parallel.make_mesh(jax.devices(), (2, 1, 2, 2))
+
+  def score(where, q, k, v, q_sink):
+    if name == "cache":
+      layout = kv_cache.layout(6, 2, 1, keep_all=True)
+      sight = layout.sight(jnp.int32(4), T)
+    else:
+      sight = passes()[name]
+    rule = routed(sight, k, top_k) if top_k else None
+    if rule and name == "cache":
+      rule = rule._replace(order=layout.held(jnp.int32(4)), q=q)
+    given = q_sink if sight.sink else None
+    arguments = (q, k, v, sight, rule, given)
+    if where is None:
+      out, lse = masked.attend(*arguments[:4], routing=rule, q_sink=given)
+    else:
+      out, lse = attention.per_device(masked.attend, where, *arguments)
+    return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse)), out
+
+  rows, columns = (1, 6) if name == "cache" else passes()[name].sees.shape
+  arrays = (*qkv(rows, columns), normal(B, rows * T, A, D, seed=4))
+  results = []
+  for where in (None, mesh):
+    step = jax.jit(
+      jax.value_and_grad(
+        functools.partial(score, where), (0, 1, 2, 3), has_aux=True
+      )
+    )
+    results.append(step(*arrays))
+    if where is not None:
+      split = jax.NamedSharding(mesh, parallel.BATCH)
+      placed = jax.device_put(arrays, split)
+      text = step.lower(*placed).compile().as_text()
+      assert "all-to-all" not in text
+  jax.tree.map(lambda a, b: CLOSE(a, b, atol=1e-5), *results)
+  odd = [z[:1] for z in arrays]
+  with pytest.raises(UserError, match="1 videos and 2 heads is not divisible"):
+    score(mesh, *odd)
 
 
 def test_the_shape_of_a_history_does_not_recompile():
@@ -367,7 +412,7 @@ def test_a_mask_that_hides_a_chunk_from_itself_is_refused():
       del q_stream, k_stream
       return k_chunk < q_chunk
 
-  with pytest.raises(UserError, match="Strict.*chunk 0 of 4 does not see"):
+  with pytest.raises(UserError, match=r"Strict.*chunk 0 of 4 does not see"):
     masks.sight(Strict(), 4, 1, T)
 
 

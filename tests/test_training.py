@@ -321,7 +321,7 @@ def test_weights_may_start_under_another_attention(whole, tmp_path, programs):
 def test_an_attention_that_cannot_be_is_refused_before_training(tmp_path):
   config = tiny()
   config.model.attention.implementation = "triton"
-  with pytest.raises(UserError, match="implementation 'triton': .*cpu"):
+  with pytest.raises(UserError, match=r"implementation 'triton': .*cpu"):
     loop.train(config, tmp_path, mesh(), progress=False)
   assert not list(tmp_path.glob("checkpoints/[0-9]*"))
 

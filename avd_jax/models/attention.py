@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from avd_jax.errors import UserError
 from avd_jax.ops import attention, kv_cache, masks, rope
 from avd_jax.ops import routing as routing_lib
+from avd_jax.ops.attention import Place
 from avd_jax.ops.masks import Sight
 from avd_jax.ops.problem import describe
 from avd_jax.ops.routing import Routing
@@ -99,7 +100,7 @@ def check(
   heads: int,
   head_dim: int,
   dtype: str,
-  platform: str,
+  place: Place,
 ) -> None:
   """Refuses an implementation that cannot do a model's attention.
 
@@ -125,7 +126,7 @@ def check(
   for sight in (parallel, cached):
     rows, columns = sight.sees.shape
     problem = describe(
-      platform,
+      attention.platform_of(place),
       shape(rows),
       shape(columns),
       sight,
@@ -205,7 +206,7 @@ def parallel(
   turns: Angles,
   sight: Sight,
   past: Past | None = None,
-  platform: str | None = None,
+  place: Place = None,
 ) -> Float[Array, "b q a d"]:
   """All chunks at once; with `past`, q, k and v are the noisy stream's.
 
@@ -217,7 +218,7 @@ def parallel(
     turns: angles of one stream's tokens; streams share them.
     sight: which chunk sees which.
     past: keys, values and descriptors of the history stream.
-    platform: what the program will run on.
+    place: what the program will run on; see `ops.attention`.
   """
   streams = q.shape[1] // turns.own.shape[0]
   turn = lambda z, by: rope.rotate(z, jnp.tile(by, (streams, 1)))
@@ -237,7 +238,7 @@ def parallel(
     routing=_routing(cfg, mean, q),
     q_sink=None if turns.sink is None else turn(q, turns.sink),
     implementation=cfg.implementation,
-    platform=platform,
+    place=place,
   )
   return out
 
@@ -251,7 +252,7 @@ def cached(
   layer: Past,
   layout: kv_cache.Layout,
   chunk: jax.Array,
-  platform: str | None = None,
+  place: Place = None,
 ) -> tuple[Float[Array, "b s a d"], Past]:
   """One chunk against a layer's cache, whose slot for it is overwritten."""
   tokens, slot = q.shape[1], layout.slot(chunk)
@@ -272,6 +273,6 @@ def cached(
     routing=_routing(cfg, mean, q, order),
     q_sink=None if turns.sink is None else rope.rotate(q, turns.sink),
     implementation=cfg.implementation,
-    platform=platform,
+    place=place,
   )
   return out, layer

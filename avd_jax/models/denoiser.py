@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from avd_jax.models import attention
 from avd_jax.models.dit import Block, CausalDiT, DiTConfig
 from avd_jax.ops import kv_cache, masks
+from avd_jax.ops.attention import Place
 from avd_jax.typing import Denoiser, Params, Text
 
 
@@ -45,7 +46,7 @@ class Cache:
 
 def _cached(
   cfg: DiTConfig,
-  platform: str | None,
+  place: Place,
   attend: Callable[..., tuple[Array, attention.Past]],
   params: Params,
   x: Float[Array, "b f h w c"],
@@ -55,7 +56,7 @@ def _cached(
   chunk: Array,
 ) -> tuple[Float[Array, "b f h w c"], Cache]:
   """One chunk against the cache: the second face of the same weights."""
-  model = CausalDiT(cfg, platform=platform)
+  model = CausalDiT(cfg, place=place)
   call = functools.partial(model.apply, {"params": params})
   t = t[:, None]
   e, e0, context = call(t, text, method="condition")
@@ -66,11 +67,11 @@ def _cached(
   for i, past in enumerate(cache.layers()):
     weights = jax.tree.map(lambda w, i=i: w[i], params["blocks"])
     block = functools.partial(
-      Block(cfg, platform=platform).apply, {"params": weights}
+      Block(cfg, place=place).apply, {"params": weights}
     )
     q, k, v = block(tokens, e0, method="qkv")
     out, past = attend(
-      cfg.attention, q, k, v, turns, past, cache.layout, chunk, platform
+      cfg.attention, q, k, v, turns, past, cache.layout, chunk, place
     )
     tokens = block(tokens, e0, out, context, method="finish")
     layers.append(past)
@@ -82,21 +83,21 @@ def _cached(
 
 def make(
   cfg: DiTConfig,
-  platform: str | None = None,
+  place: Place = None,
   attend: Callable[..., tuple[Array, attention.Past]] = attention.cached,
 ) -> Denoiser:
   """The two faces of a CausalDiT.
 
   Args:
     cfg: the network.
-    platform: what programs will run on, "cpu", "gpu" or "tpu"; None asks JAX
-      for its default backend.
+    place: what programs will run on: a platform, a mesh, or None for JAX's
+      default backend.
     attend: a layer's attention in the cached face; who wants to look on wraps
       `attention.cached`.
   """
 
   def parallel(params, x, t, text, history=None):
-    model = CausalDiT(cfg, history is not None, platform)
+    model = CausalDiT(cfg, history is not None, place)
     return model.apply({"params": params}, x, t, text, history)
 
   def init_cache(x, chunks, keep_all=False):
@@ -110,7 +111,7 @@ def make(
     kv = kv_cache.init(cfg.num_layers, layout.slots, shape, cfg.dtype, routed)
     return Cache(kv, layout)
 
-  cached = functools.partial(_cached, cfg, platform, attend)
+  cached = functools.partial(_cached, cfg, place, attend)
   return Denoiser(parallel, cached, init_cache, cfg.chunk_frames)
 
 
@@ -123,8 +124,11 @@ def init(cfg: DiTConfig, key: Array, x, text) -> Params:
     x: a batch of videos [b f h w c], or its shape.
     text: its text.
   """
-  x = jnp.zeros(x.shape)
-  t = jnp.zeros((x.shape[0], x.shape[1] // cfg.chunk_frames))
+  # Parameters do not depend on the length, nor on who computes attention.
+  x = jnp.zeros((x.shape[0], cfg.chunk_frames, *x.shape[2:]))
+  t = jnp.zeros((x.shape[0], 1))
+  see = attention.AttentionConfig(implementation="reference")
+  cfg = dataclasses.replace(cfg, attention=see)
   text = jnp.zeros(text.shape, text.dtype)
   return CausalDiT(cfg).init(key, x, t, text)["params"]
 

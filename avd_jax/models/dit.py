@@ -24,6 +24,7 @@ from avd_jax.models import text as text_lib
 from avd_jax.models.attention import AttentionConfig
 from avd_jax.ops import attention as attention_lib
 from avd_jax.ops import masks, rope
+from avd_jax.ops.attention import Place
 from avd_jax.typing import History, Text
 
 
@@ -165,13 +166,13 @@ class Block(nn.Module):
     cfg: the network's config.
     mask: the pass's mask; None where only `qkv` and `finish` are used.
     streams: streams along the tokens, 1 or 2.
-    platform: what the program will run on; None asks JAX.
+    place: what the program will run on; see `ops.attention`.
   """
 
   cfg: DiTConfig
   mask: Any = None
   streams: int = 1
-  platform: str | None = None
+  place: Place = None
 
   def setup(self):
     c = self.cfg
@@ -245,7 +246,7 @@ class Block(nn.Module):
     q = _heads(self.cross_norm_q(self.cross_q(y)), heads)
     k = _heads(self.cross_norm_k(self.cross_k(text)), heads)
     v = _heads(self.cross_v(text), heads)
-    out = attention_lib.attend_all(q, k, v, self.platform)
+    out = attention_lib.attend_all(q, k, v, self.place)
     return self.cross_o(out.reshape(y.shape)).reshape(x.shape)
 
   def __call__(self, x, past, e, text, turns):
@@ -270,7 +271,7 @@ class Block(nn.Module):
       turns,
       sight,
       past,
-      self.platform,
+      self.place,
     )
     return self.finish(x, e, out, text), None
 
@@ -282,12 +283,12 @@ class CausalDiT(nn.Module):
     cfg: its shape.
     history: whether a history stream stands before the noisy one. The
       parameters are the same either way.
-    platform: what the program will run on; None asks JAX.
+    place: what the program will run on; see `ops.attention`.
   """
 
   cfg: DiTConfig
   history: bool = False
-  platform: str | None = None
+  place: Place = None
 
   def setup(self):
     c = self.cfg
@@ -346,7 +347,7 @@ class CausalDiT(nn.Module):
     streams = 2 if self.history else 1
     see = c.attention
     mask = masks.history_mask(streams, see.window, see.sink)
-    return stack(c, mask, streams, self.platform)
+    return stack(c, mask, streams, self.place)
 
   def embed(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b n s e"]:
     """Patches to tokens, chunk by chunk, float32."""

@@ -16,13 +16,17 @@ back in silence.
 | tpu | our routed kernel | TPU |
 """
 
+import dataclasses
 import importlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
+from avd_jax import parallel
 from avd_jax.errors import UserError
 from avd_jax.ops import cudnn
 from avd_jax.ops.masks import Sight
@@ -30,11 +34,18 @@ from avd_jax.ops.problem import Problem, describe
 from avd_jax.ops.reference import Out, reference
 from avd_jax.ops.routing import Routing
 
+# What a program will run on: a platform ("cpu", "gpu", "tpu"), a mesh, or None,
+# which asks JAX for its default backend.
+Place = str | Mesh | None
+
 IMPLEMENTATIONS = ("reference", "xla", "cudnn", "triton", "splash", "tpu")
+
+# Those that XLA cannot split over a mesh by itself.
+KERNELS = ("triton", "splash", "tpu")
 
 # Logits up to which one masked product beats several smaller ones on a CPU:
 # `avd bench attention` shows where they cross.
-SMALL = 2**17
+SMALL = 2**16
 # Bytes of keys and values that per-chunk calls may copy for their backward
 # pass before the range kernel, which copies none, is worth its lower rate.
 COPIES = 4 * 2**30
@@ -43,6 +54,13 @@ COPIES = 4 * 2**30
 # groups: each then fetches its own choice.
 GROUPED = 64
 FETCHED, CROWD = 128, 8
+
+
+def platform_of(place: Place) -> str:
+  """The platform of a place."""
+  if isinstance(place, Mesh):
+    return place.devices.flat[0].platform
+  return place or jax.default_backend()
 
 
 class Choice(NamedTuple):
@@ -174,7 +192,7 @@ def attend(
   routing: Routing | None = None,
   q_sink: Float[Array, "b q a d"] | None = None,
   implementation: str = "auto",
-  platform: str | None = None,
+  place: Place = None,
 ) -> Out:
   """One softmax over what each query sees: its own chunk and its history.
 
@@ -188,8 +206,8 @@ def attend(
     q_sink: queries to the sight's sink columns, where those are met at another
       rotary distance.
     implementation: "auto", or one of IMPLEMENTATIONS.
-    platform: what the program will run on: "cpu", "gpu" or "tpu"; None asks
-      JAX for its default backend.
+    place: what the program will run on. On a mesh of several devices, kernels
+      run per device, over its share of videos and heads.
 
   Returns:
     (out [b q a d], lse [b q a] float32).
@@ -198,12 +216,75 @@ def attend(
     UserError: an implementation that cannot do this, with the reason.
   [RF Eq. 9]
   """
-  platform = platform or jax.default_backend()
   top_k = None if routing is None else routing.top_k
-  problem = describe(platform, q, k, sight, top_k, q_sink is not None)
+  problem = describe(platform_of(place), q, k, sight, top_k, q_sink is not None)
   picked = choose(problem, implementation)
-  module = _module(problem, picked.name)
-  return module.attend(q, k, v, sight, routing=routing, q_sink=q_sink)
+  call = _module(problem, picked.name).attend
+  if isinstance(place, Mesh) and place.size > 1 and picked.name in KERNELS:
+    return per_device(call, place, q, k, v, sight, routing, q_sink)
+  return call(q, k, v, sight, routing=routing, q_sink=q_sink)
+
+
+def per_device(
+  call: Callable[..., Out],
+  mesh: Mesh,
+  q: Float[Array, "b q a d"],
+  k: Float[Array, "b k a d"],
+  v: Float[Array, "b k a d"],
+  sight: Sight,
+  routing: Routing | None = None,
+  q_sink: Float[Array, "b q a d"] | None = None,
+) -> Out:
+  """`call` on each device's videos and heads: XLA cannot split a kernel.
+
+  Raises:
+    UserError: a mesh that divides neither evenly.
+  """
+  shards = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+  if q.shape[0] % shards[0] or q.shape[2] % shards[1]:
+    raise UserError(
+      f"attention over {q.shape[0]} videos and {q.shape[2]} heads is not"
+      f" divisible by mesh axes data x fsdp = {shards[0]} and tensor ="
+      f" {shards[1]}; change data.batch_size, model.num_heads or mesh"
+    )
+  split = PartitionSpec(*parallel.BATCH, None, "tensor", None)
+  whole = PartitionSpec()
+  top_k = None if routing is None else routing.top_k
+  arrays = {"q": q, "k": k, "v": v, "q_sink": q_sink}
+  if routing is not None:
+    arrays |= {"means": routing.descriptors, "q_means": routing.q}
+  specs = jax.tree.map(lambda _: split, arrays)
+  if routing is not None:
+    arrays["order"] = routing.order
+  if not sight.static:
+    arrays |= {"sees": sight.sees, "own": sight.own, "count": sight.count}
+  specs = jax.tree.map(lambda _: whole, arrays) | specs
+
+  def local(given):
+    seen, rule = sight, None
+    if not sight.static:
+      seen = dataclasses.replace(
+        sight, sees=given["sees"], own=given["own"], count=given["count"]
+      )
+    if top_k is not None:
+      rule = Routing(top_k, given["means"], given["q_means"], given["order"])
+    return call(
+      given["q"],
+      given["k"],
+      given["v"],
+      seen,
+      routing=rule,
+      q_sink=given["q_sink"],
+    )
+
+  # check_vma would want every kernel to annotate its outputs.
+  return jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(specs,),
+    out_specs=(split, PartitionSpec(*split[:3])),
+    check_vma=False,
+  )(arrays)
 
 
 # Queries that attention to everything takes at a time where no kernel keeps
@@ -215,14 +296,14 @@ def attend_all(
   q: Float[Array, "b q a d"],
   k: Float[Array, "b k a d"],
   v: Float[Array, "b k a d"],
-  platform: str | None = None,
+  place: Place = None,
 ) -> Float[Array, "b q a d"]:
   """Attention of every query to every key, such as to text.
 
   cuDNN's where it can; else plain JAX, a block of queries at a time, so that
   the logits of a long video never exist all at once.
   """
-  platform = platform or jax.default_backend()
+  platform = platform_of(place)
   sight = Sight(np.ones((1, 1), bool), np.zeros(1, np.int32), q.shape[1], 1)
   problem = describe(platform, q, k, sight)
   if problem.platform == "gpu" and cudnn.refuses(problem) is None:

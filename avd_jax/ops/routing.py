@@ -90,15 +90,19 @@ def choose(
     score, may = score[..., place], may[..., place]
   columns = jnp.arange(score.shape[-1], dtype=jnp.int32)
   may = jnp.broadcast_to(may, score.shape)
-  chosen = []
-  for _ in range(routing.top_k):
+
+  # A loop of rounds, not a sort: columns are few, and a sort of so many short
+  # rows is slow everywhere.
+  def round_(may, _):
     best = jnp.argmax(jnp.where(may, score, -jnp.inf), -1).astype(jnp.int32)
-    some = jnp.any(may, -1)
-    may &= columns != best[..., None]
-    if place is not None:
-      best = place[best]
-    chosen.append(jnp.where(some, best, NONE))
-  return jnp.stack(chosen, -1)
+    taken = jnp.where(jnp.any(may, -1), best, NONE)
+    return may & (columns != best[..., None]), taken
+
+  _, chosen = jax.lax.scan(round_, may, length=routing.top_k)
+  chosen = jnp.moveaxis(chosen, 0, -1)
+  if place is not None:
+    chosen = jnp.where(chosen == NONE, NONE, place[chosen])
+  return chosen
 
 
 def chosen_columns(

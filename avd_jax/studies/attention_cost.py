@@ -134,7 +134,7 @@ def ours(case: Case, name: str, platform: str) -> Callable[..., Any]:
       means = routing.descriptors(keys, case.size.tokens)
       rule = routing.Routing(case.top_k, means)
     return attention.attend(
-      q, k, v, sight, routing=rule, implementation=name, platform=platform
+      q, k, v, sight, routing=rule, implementation=name, place=platform
     )[0]
 
   if case.mode == "decoding":

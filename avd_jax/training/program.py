@@ -51,11 +51,6 @@ class Program:
   def model(self) -> dit.DiTConfig:
     return typed(dit.DiTConfig, self.config.model)
 
-  @property
-  def platform(self) -> str:
-    """What the mesh's devices are: "cpu", "gpu" or "tpu"."""
-    return self.mesh.devices.flat[0].platform
-
   def check(self) -> None:
     """Refuses what this mesh's devices cannot compute, before they try.
 
@@ -71,7 +66,7 @@ class Program:
       heads=model.num_heads,
       head_dim=model.head_dim,
       dtype=model.dtype,
-      platform=self.platform,
+      place=self.mesh,
     )
 
   @functools.cached_property
@@ -87,7 +82,7 @@ class Program:
   def loss(self, name: str) -> LossFn:
     """The objective of a stage."""
     config, stage = self.config, self.config.stage[name]
-    denoiser = denoiser_lib.make(self.model, self.platform)
+    denoiser = denoiser_lib.make(self.model, self.mesh)
     return flow_loss.flow_loss(
       denoiser,
       HISTORIES[stage.history](denoiser, stage),

@@ -1,0 +1,1 @@
+"""Attention kernels written in Pallas, one module a family."""
