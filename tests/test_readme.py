@@ -68,7 +68,7 @@ def test_command_parses(command):
 
 def test_make_targets_exist():
   makefile = (ROOT / "Makefile").read_text()
-  for target in re.findall(r"^ {4}make (\w+)", README, re.M):
+  for target in re.findall(r"^ {4}make ([\w-]+)", README, re.M):
     assert re.search(rf"^{target}:", makefile, re.M), target
 
 

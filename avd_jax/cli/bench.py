@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   for name in ("tokens", "heads", "head-dim", "batch"):
     cost.add_argument(f"--{name}", type=int, help="default: by platform")
   cost.add_argument("--dtype", help="default: by platform")
-  cost.add_argument("--rounds", type=int, default=10)
+  cost.add_argument("--rounds", type=int, default=5)
   cost.add_argument("--json", help="file to write the numbers to")
   cost.add_argument(
     "--explain",
@@ -113,8 +113,11 @@ def _attention(args: argparse.Namespace) -> None:
     )
     print(text)
     return
+  slopes = None
+  if platform == "cpu" and args.tokens is None:
+    slopes = attention_cost.SLOPE_TOKENS
   numbers = {"device": devices.describe()} | attention_cost.measure(
-    platform, size, args.chunks, args.top_k, modes, args.rounds
+    platform, size, args.chunks, args.top_k, modes, args.rounds, slopes
   )
   print(attention_cost.table(numbers))
   _write(args.json, numbers)

@@ -27,19 +27,21 @@ def long_rollout(
   panels = (("ms", "Time of a chunk (ms)"), ("memory_mb", "Memory held (MB)"))
   for ax, (field, label) in zip(axes, panels, strict=True):
     ax.set_facecolor(theme.paper)
+    top = 1.05 * max(max(c[field]) for c in curves.values())
+    ends = _apart({n: c[field][-1] for n, c in curves.items()}, top / 14)
     for (name, curve), color in zip(curves.items(), theme.lines, strict=False):
       ax.plot(curve["chunk"], curve[field], color=color, lw=1.6)
       ax.annotate(
         name,
-        (curve["chunk"][-1], curve[field][-1]),
+        (curve["chunk"][-1], ends[name]),
         (4, 0),
         textcoords="offset points",
         color=color,
         va="center",
         fontsize=8,
       )
-    ax.set_ylim(0)
-    ax.set_xlim(0, 1.3 * max(max(c["chunk"]) for c in curves.values()))
+    ax.set_ylim(0, max(top, *ends.values()))
+    ax.set_xlim(0, 1.45 * max(max(c["chunk"]) for c in curves.values()))
     ax.set_xlabel("chunk of the video", color=theme.ink)
     ax.set_title(label, color=theme.ink, fontsize=10, loc="left")
     ax.grid(color=theme.faint, lw=0.5)
@@ -48,3 +50,12 @@ def long_rollout(
   figure.suptitle(title, color=theme.ink, fontsize=10, x=0.02, ha="left")
   figure.tight_layout()
   figure.savefig(path)
+
+
+def _apart(heights: Mapping[str, float], gap: float) -> dict[str, float]:
+  """Heights for names, in order, none nearer to another than `gap`."""
+  placed: dict[str, float] = {}
+  for name in sorted(heights, key=lambda n: heights[n]):
+    least = max(placed.values(), default=-gap) + gap
+    placed[name] = max(heights[name], least)
+  return placed

@@ -53,7 +53,7 @@ COPIES = 4 * 2**30
 # tokens; a decoded chunk's few queries, spread over a long history, fill no
 # groups: each then fetches its own choice.
 GROUPED = 64
-FETCHED, CROWD = 128, 8
+FETCHED, CROWD = 64, 8
 
 
 def platform_of(place: Place) -> str:

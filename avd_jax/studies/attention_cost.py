@@ -37,7 +37,7 @@ class Size:
     dtype: of queries, keys and values.
   """
 
-  tokens: int = 256
+  tokens: int = 128
   heads: int = 2
   head_dim: int = 64
   batch: int = 1
@@ -53,6 +53,8 @@ class Size:
       )
 
 
+# Tokens of a chunk where slopes are measured on a CPU: as few as fill groups.
+SLOPE_TOKENS = 512
 # Wan2.1-1.3B's chunk of one latent frame at 480p, and what two cores can do.
 SIZES = {
   "gpu": Size(1560, 12, 128, 1, "bfloat16"),
@@ -213,7 +215,8 @@ def measure(
   chunks: Sequence[int] = (7, 21, 60),
   top_k: Sequence[int | None] = (1, 5, None),
   modes: Sequence[str] = MODES,
-  rounds: int = 10,
+  rounds: int = 5,
+  slope_tokens: int | None = None,
   progress: bool = True,
 ) -> dict[str, Any]:
   """Times every contender on every case.
@@ -225,6 +228,7 @@ def measure(
     top_k: chunks that routing chooses; None is dense ("all").
     modes: of MODES.
     rounds: of every contender in turn, within a length.
+    slope_tokens: tokens of a chunk where slopes are measured; None is size's.
     progress: show bars.
 
   Returns:
@@ -245,6 +249,7 @@ def measure(
       cases = [Case(mode, n, k, size) for k in top_k if k is None or k < n]
       rows += _race(cases, platform, rounds, progress)
   out: dict[str, Any] = {"size": dataclasses.asdict(size), "rows": rows}
+  size = dataclasses.replace(size, tokens=slope_tokens or size.tokens)
   return out | _slopes(platform, size, chunks, top_k, rounds, progress)
 
 
@@ -307,7 +312,7 @@ def _slopes(platform, size, chunks, top_k, rounds, progress):
       entries["routed", n] = _decoder(case, platform)
   times = race.run(entries, rounds, progress)
   one = race.median(times["own", 0])
-  out = {}
+  out: dict[str, Any] = {"slope_tokens": size.tokens}
   for kind in ("dense", "routed"):
     points = [
       (n, race.median(t) / one) for (k, n), t in times.items() if k == kind
@@ -390,6 +395,7 @@ def table(numbers: dict[str, Any]) -> str:
     if f"slope_{kind}" in numbers:
       lines.append(
         f"slope_{kind} {numbers[f'slope_{kind}']:.3f}: what a chunk of history"
-        " adds to decoding a chunk, in units of attention to the own chunk"
+        f" adds to decoding a chunk of {numbers['slope_tokens']} tokens, in"
+        " units of attention to the own chunk alone"
       )
   return "\n".join(lines)

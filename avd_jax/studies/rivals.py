@@ -90,12 +90,10 @@ def flex_attention(
   q_tokens, k_tokens = (n * tokens for n in sees.shape)
   pad = lambda n: -(-n // 128) * 128
 
-  def visible(b, h, q, k):
-    del b, h
-    row = torch.clamp(q // tokens, max=table.shape[0] - 1)
-    column = torch.clamp(k // tokens, max=table.shape[1] - 1)
-    return table[row, column] & (k < k_tokens)
-
+  # Lambdas: torch reads them, and could not through checked functions.
+  last = [n - 1 for n in table.shape]
+  chunk = lambda x, axis: torch.clamp(x // tokens, max=last[axis])
+  visible = lambda b, h, q, k: table[chunk(q, 0), chunk(k, 1)] & (k < k_tokens)
   mask = lib.create_block_mask(
     visible, None, None, pad(q_tokens), pad(k_tokens), device=device
   )
