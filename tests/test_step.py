@@ -160,3 +160,16 @@ def test_metrics_are_averaged_between_rows(tmp_path):
   writer.close()
   last = rows(tmp_path)[-1]
   assert (last["step"], last["stage"], last["loss"]) == (6, "b", 6.5)
+
+
+def test_the_rate_of_a_row_is_its_own_interval_s(tmp_path, monkeypatch):
+  """Rows are written late, and the last one right after the one before."""
+  clock = iter([0.0, 2.0, 4.0])  # at the start, at steps 2 and 4
+  monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+  writer = metrics.Writer(tmp_path, 2, 0)
+  for step in range(1, 5):
+    writer.push(step, "a", {"loss": jnp.float32(0)})
+  writer.flush()
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  rates = [json.loads(line)["steps_per_second"] for line in lines]
+  assert rates == [1.0, 1.0]

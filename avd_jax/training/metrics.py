@@ -39,7 +39,7 @@ class Writer:
     self._gathered: list[dict[str, Any]] = [
       {name: np.float32(value) for name, value in row.items()} for row in begun
     ]
-    self._due: tuple[int, str, list[dict[str, Any]]] | None = None
+    self._due: tuple[int, str, list[dict[str, Any]], float] | None = None
     self._clock = (time.perf_counter(), step)
     self.latest: dict[str, float] = {}
     if self._path.exists():
@@ -55,7 +55,7 @@ class Writer:
     self._gathered.append(metrics)
     if step % self._every == 0:
       self._write()
-      self._due = (step, stage, self._gathered)
+      self._due = (step, stage, self._gathered, time.perf_counter())
       self._gathered = []
 
   def flush(self) -> list[dict[str, float]]:
@@ -73,13 +73,13 @@ class Writer:
   def _write(self) -> None:
     if self._due is None:
       return
-    step, stage, gathered = self._due
+    # Its own time, not now: rows are written late, the last one at once.
+    step, stage, gathered, now = self._due
     self._due = None
     values = jax.device_get(gathered)
     row: dict[str, Any] = {
       name: float(np.mean([v[name] for v in values])) for name in values[0]
     }
-    now = time.perf_counter()
     then, before = self._clock
     row["steps_per_second"] = (step - before) / max(now - then, 1e-9)
     self._clock = (now, step)
