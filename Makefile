@@ -3,13 +3,22 @@
 #   make test PYTHON=python3.12 VENV=.venv-3.12
 
 SHELL := /bin/sh
+# Compilers for accelerators are large, and libtpu complains wherever jax starts
+# without a TPU: they get an environment of their own.
+ifeq ($(MAKECMDGOALS),compile-check)
+VENV ?= .venv-aot
+endif
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Stamps: what the environment holds.
 CORE := $(VENV)/.installed
 TEST := $(VENV)/.installed-test
+# Which compilers: with one of the two, CHECK_ARGS names its targets.
+COMPILERS ?= compile-check-gpu,compile-check-tpu
+AOT := $(VENV)/.installed-$(COMPILERS)
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+CHECK_ARGS ?=
 # pytest processes; a file's tests stay together, they share what is compiled.
 WORKERS ?= 2
 
@@ -18,13 +27,15 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
   "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
   >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 
-.PHONY: help install demo test lint
+.PHONY: help install demo test lint compile-check
 
 help:
 	@echo "make demo     train, roll out, compare: runs/demo/report.html"
 	@echo "make install  the avd command: $(BIN)/avd"
 	@echo "make test     all tests (some: make test PYTEST_ARGS='-k masks')"
 	@echo "make lint     ruff: rules and format"
+	@echo "make compile-check  kernels and layers, compiled for GPUs and TPUs"
+	@echo "                    that are not there (4 GB of compilers, once)"
 
 install: $(CORE)
 
@@ -38,6 +49,9 @@ lint: $(TEST)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
+compile-check: $(AOT)
+	$(BIN)/avd compile-check $(CHECK_ARGS)
+
 $(CORE): setup.cfg pyproject.toml
 	@$(make_venv)
 	@echo "installing avd_jax into $(VENV): a few minutes, once"
@@ -47,6 +61,11 @@ $(CORE): setup.cfg pyproject.toml
 $(TEST): $(CORE)
 	@echo "installing what the tests need"
 	@$(BIN)/python -m pip install -qq --editable '.[test]'
+	@touch $@
+
+$(AOT): $(CORE)
+	@echo "installing compilers: $(COMPILERS)"
+	@$(BIN)/python -m pip install -qq --editable '.[$(COMPILERS)]'
 	@touch $@
 
 # An environment that works is kept, whoever made it.

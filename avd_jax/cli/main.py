@@ -6,7 +6,15 @@ import sys
 
 from avd_jax.errors import UserError
 
-COMMANDS = ("demo", "train", "sample", "evaluate", "bench")
+COMMANDS = (
+  "demo",
+  "train",
+  "sample",
+  "evaluate",
+  "inspect",
+  "bench",
+  "compile-check",
+)
 
 DESCRIPTION = """\
 Trains autoregressive video diffusion models that do not drift, and measures
@@ -16,6 +24,7 @@ how much they do.
   avd train --config configs/worlds_tiny.py --workdir runs/x
   avd sample --workdir runs/x --out clip.mp4
   avd evaluate --workdir runs/x
+  avd inspect routing --workdir runs/x
   avd bench step
 """
 
@@ -29,7 +38,8 @@ def parser() -> argparse.ArgumentParser:
   )
   commands = top.add_subparsers(dest="command", required=True, metavar="JOB")
   for name in COMMANDS:
-    module = importlib.import_module(f"avd_jax.cli.{name}")
+    file = name.replace("-", "_")
+    module = importlib.import_module(f"avd_jax.cli.{file}")
     sub = commands.add_parser(
       name,
       help=module.__doc__.splitlines()[0],
@@ -46,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
   arguments = parser()
   args, rest = arguments.parse_known_args(argv)
   stray = [a for a in rest if not a.startswith("--config.")]
-  if stray or (rest and not hasattr(args, "config")):
+  configured = hasattr(args, "config") or hasattr(args, "workdir")
+  if stray or (rest and not configured):
     arguments.error(f"unrecognized arguments: {' '.join(stray or rest)}")
   try:
     args.overrides = rest

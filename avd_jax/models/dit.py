@@ -400,17 +400,19 @@ class CausalDiT(nn.Module):
     """All chunks at once; velocities of the noisy stream."""
     c = self.cfg
     e, e0, context = self.condition(t, text)
-    tokens, past, chunks = self.embed(x), None, t.shape[1]
-    e0_all = e0
+    past, seen, e0_all, chunks = None, x, e0, t.shape[1]
     if history is not None and history.cache is not None:
       layers = history.cache.layers()
       past = jax.tree.map(lambda *layer: jnp.stack(layer), *layers)
     elif history is not None:
       _, e0_history, _ = self.condition(history.t, text)
-      tokens = jnp.concatenate([self.embed(history.x), tokens], 1)
+      # Before the embedding: one product for both streams, and two made a TPU
+      # compiler abort at Wan's size (libtpu 0.0.50).
+      seen = jnp.concatenate([history.x, x], 1)
       e0_all = jnp.concatenate([e0_history, e0], 1)
     frames = jnp.arange(x.shape[1])
     turns = self.angles(x, frames // c.chunk_frames, frames)
+    tokens = self.embed(seen)
     tokens, _ = self.blocks(tokens, past, e0_all, context, turns)
     return self.predict(tokens[:, -chunks:], e, x, t)
 

@@ -1,0 +1,1 @@
+"""Lowers and compiles for hardware that is not there."""
