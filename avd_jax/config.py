@@ -35,6 +35,7 @@ WEIGHTLESS = (
 # A run may be resumed with other values here; everything else makes it
 # another run.
 FREE = (
+  "model.attention.implementation",
   "log.",
   "mesh.",
   "sampling.",
@@ -218,6 +219,13 @@ def override(
       )
     if not equals:
       raise UserError(f"{name}: write {name}=VALUE")
+  for argument in overrides:
+    name, _, value = argument.partition("=")
+    name = name.removeprefix("--config.")
+    if name in OPTIONAL and value.lower() in ("none", ""):
+      section, _, field = name.rpartition(".")
+      config[section][field] = placeholder(OPTIONAL[name])
+      overrides = [other for other in overrides if other != argument]
   values, argv = flags.FlagValues(), ["avd", *overrides]
   # Without sys_argv, overrides would be looked for in this process's own.
   config_flags.DEFINE_config_dict(
@@ -261,8 +269,12 @@ def typed(cls: type[T], section: ConfigDict) -> T:
   return cls(**{name: value(name) for name in section})
 
 
-def check(config: ConfigDict) -> None:
+def check(config: ConfigDict, frames: int = 0) -> None:
   """Refuses what cannot work, by name.
+
+  Args:
+    config: a run's.
+    frames: of videos that will be made besides those it trains and evaluates.
 
   Raises:
     UserError: the first thing found.
@@ -287,17 +299,18 @@ def check(config: ConfigDict) -> None:
       "model.text 'embeddings' needs embeddings made beforehand; videos with"
       " captions take 'bytes' (or 'none')"
     )
-  for name, frames in (
+  for name, count in (
     ("data.frames", data.frames),
     ("evaluation.frames", config.evaluation.frames),
   ):
-    if frames % model.chunk_frames:
+    if count % model.chunk_frames:
       raise UserError(
-        f"{name} {frames} is not divisible by model.chunk_frames"
+        f"{name} {count} is not divisible by model.chunk_frames"
         f" {model.chunk_frames}"
       )
   chunks = data.frames // model.chunk_frames
-  longest = max(chunks, config.evaluation.frames // model.chunk_frames)
+  frames = max(data.frames, config.evaluation.frames, frames)
+  longest = frames // model.chunk_frames
   model.attention.check_top_k(longest - 1, "videos of the config have")
   if config.loss.skip_chunks >= chunks:
     raise UserError(

@@ -167,13 +167,16 @@ class Sampler:
     return np.concatenate(parts, 1)
 
 
-def load(workdir: str | Path, overrides: Sequence[str] = ()) -> Sampler:
+def load(
+  workdir: str | Path, overrides: Sequence[str] = (), frames: int = 0
+) -> Sampler:
   """The newest EMA weights of a run, as a sampler.
 
   Args:
     workdir: the run's.
     overrides: `--config.field=value` arguments for what weights do not depend
       on: how attention sees the history, and how to sample and evaluate.
+    frames: of the videos to be made, where longer than the run's own.
 
   Raises:
     UserError: no such run, a torn checkpoint, or a field that may not change.
@@ -183,7 +186,7 @@ def load(workdir: str | Path, overrides: Sequence[str] = ()) -> Sampler:
     config = config_lib.from_json(checkpoints.record(step)["config"])
     config_lib.override(config, list(overrides), CHANGEABLE)
     if overrides:
-      config_lib.check(config)
+      config_lib.check(config, frames)
     model = config_lib.typed(dit.DiTConfig, config.model)
     data = config_lib.typed(DataConfig, config.data)
     shape = (1, model.chunk_frames, data.height, data.width, model.channels)

@@ -14,7 +14,7 @@ from avd_jax.errors import UserError
 from avd_jax.models import denoiser as denoiser_lib
 from avd_jax.models import dit, layers
 from avd_jax.models.attention import AttentionConfig
-from avd_jax.ops import masks
+from avd_jax.ops import attention, masks
 from avd_jax.typing import History
 
 BASE = dit.DiTConfig(
@@ -177,6 +177,26 @@ def test_one_stream_is_the_cache_filled_with_noisy_chunks(name):
   _, v = faces((name, 1))
   TIGHT(v["one stream, cached"], v["one stream"])
   assert np.abs(v["one stream"] - v["parallel"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(
+  "variant", [("routed window+sink", 1), ("routed window+sink", 2)]
+)
+def test_plain_jax_is_the_reference_in_every_face(
+  variant, grouped, monkeypatch
+):
+  """What a larger model gets on a CPU: fetched choices, or grouped ones."""
+  _, wanted = faces(variant)
+  monkeypatch.setattr(attention, "GROUPED", 1 if grouped else 10**6)
+  monkeypatch.setattr(attention, "FETCHED", 0)
+  view = dataclasses.replace(
+    VARIANTS[variant]["attention"], implementation="xla"
+  )
+  monkeypatch.setitem(VARIANTS, variant, {"attention": view})
+  _, found = faces.__wrapped__(variant)
+  for face in ("parallel", "ring", "keep_all", "detached"):
+    TIGHT(found[face], wanted["parallel"])
 
 
 @every_variant
@@ -473,6 +493,7 @@ def test_impossible_networks_are_refused(changes, message):
       {"implementation": "cudnn", "routing_top_k": 2},
       "'cudnn' lacks model.attention.routing_top_k: use triton, tpu, xla",
     ),
+    ({"implementation": "tpu"}, "'tpu' is for routed history and sinks"),
     (
       {"implementation": "splash", "window": 2, "sink": 1},
       "'splash' lacks model.attention.sink: use triton, xla",

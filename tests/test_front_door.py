@@ -166,11 +166,13 @@ def test_attention_to_everything_in_blocks(monkeypatch):
     return jnp.sum(attention.attend_all(q, k, v, "cpu") ** 2)
 
   whole = jax.value_and_grad(score, (0, 1, 2))(q, k, v)
-  monkeypatch.setattr(attention, "BLOCK", 4)  # 15 queries: blocks of 3
+  monkeypatch.setattr(
+    attention, "BLOCK", 4
+  )  # 15 queries: four of 4, one padded
   blocks = jax.value_and_grad(score, (0, 1, 2))(q, k, v)
   jax.tree.map(lambda a, b: CLOSE(a, b, atol=1e-5), whole, blocks)
   text = jax.jit(score).lower(q, k, v).as_text()
-  assert "tensor<2x2x3x10xf32>" in text  # the logits of one block
+  assert "tensor<2x2x4x10xf32>" in text  # the logits of one block
   assert "tensor<2x2x15x10xf32>" not in text
 
 
@@ -293,7 +295,17 @@ def test_what_is_chosen_and_why(name):
     (dict(top_k=5), "triton"),
     (dict(sink_queries=True), "triton"),
     (dict(platform="tpu", top_k=5), "tpu"),
+    (dict(platform="tpu", sink_queries=True), "tpu"),
+    (dict(platform="tpu", static=False, sink_queries=True), "tpu"),
     (dict(platform="tpu", static=False, prefix=True), "xla"),
+    (dict(capability=8.9), "cudnn"),
+    (dict(capability=7.5, top_k=5), "xla"),
+    (dict(platform="rocm"), "xla"),
+    (dict(platform="tpu", tokens=4, head_dim=24), "reference"),
+    (dict(static=False, prefix=True), "cudnn"),
+    (dict(static=False, prefix=False), "triton"),
+    (dict(static=False, prefix=True, sink_queries=True), "triton"),
+    (dict(dtype="float32", head_dim=24, static=False), "xla"),
   ],
 )
 def test_what_is_chosen_at_wan_s_size(changes, name):
@@ -383,26 +395,83 @@ def test_kernels_run_on_each_device_s_videos_and_heads(name, top_k):
       placed = jax.device_put(arrays, split)
       text = step.lower(*placed).compile().as_text()
       assert "all-to-all" not in text
+      assert "all-gather" not in text
   jax.tree.map(lambda a, b: CLOSE(a, b, atol=1e-5), *results)
   odd = [z[:1] for z in arrays]
   with pytest.raises(UserError, match="1 videos and 2 heads is not divisible"):
     score(mesh, *odd)
 
 
-def test_the_shape_of_a_history_does_not_recompile():
-  """One trace serves every chunk of a rollout."""
-  layout = kv_cache.layout(9, None, 0, keep_all=False)
-  q, k, v = qkv(1, layout.slots)
+def test_grouped_queries_stay_on_their_device(monkeypatch):
+  """Plain JAX, but XLA would gather every device's queries to group them."""
+  monkeypatch.setattr(attention, "GROUPED", 1)
+  mesh = parallel.make_mesh(jax.devices(), (2, 1, 2, 2))
+  sight = passes()["window and sink"]
+  q, k, v = qkv(*sight.sees.shape)
 
-  @jax.jit
-  @chex.assert_max_traces(n=1)
-  def decode(chunk):
-    sight = layout.sight(chunk, T)
-    rule = routed(sight, k, 2)
-    return attention.attend(q, k, v, sight, routing=rule, implementation="xla")
+  def score(place, q, k, v):
+    out, lse = attention.attend(
+      q,
+      k,
+      v,
+      sight,
+      routing=routed(sight, k, 2),
+      q_sink=q,
+      implementation="xla",
+      place=place,
+    )
+    return jnp.sum(jnp.sin(out)) + jnp.sum(lse)
 
-  outs = [decode(jnp.int32(chunk))[0] for chunk in (0, 4, 8)]
-  assert not np.allclose(outs[1], outs[2])
+  one, many = (
+    jax.jit(jax.value_and_grad(functools.partial(score, place), (0, 1, 2)))
+    for place in ("cpu", mesh)
+  )
+  jax.tree.map(lambda a, b: CLOSE(a, b, atol=1e-5), one(q, k, v), many(q, k, v))
+  split = jax.NamedSharding(mesh, parallel.BATCH)
+  placed = jax.device_put((q, k, v), split)
+  assert "all-gather" not in many.lower(*placed).compile().as_text()
+
+
+def test_a_device_s_share_decides_on_a_mesh():
+  """Copies of keys are counted for a device, not for the whole batch."""
+  mesh = parallel.make_mesh(jax.devices(), (4, 1, 1, 2))
+  big = dataclasses.replace(WAN, rows=14, columns=14, pairs=56, batch=32)
+  assert attention.choose(big).name == "triton"
+  share = attention._share(big, mesh)
+  assert (share.batch, share.heads) == (8, 6)
+  assert attention.choose(share).name == "cudnn"
+
+
+@pytest.mark.parametrize("name", ["two streams", "window and sink", "cache"])
+def test_choosing_everything_is_dense(name):
+  """Kernels that route do what others refuse: with every chunk chosen."""
+  if name == "cache":
+    layout = kv_cache.layout(6, 2, 1, keep_all=True)
+    sight = layout.sight(jnp.int32(4), T)
+  else:
+    sight = passes()[name]
+  q, k, v = qkv(*sight.sees.shape)
+  q_sink = normal(*q.shape, seed=4) if sight.sink else None
+  every = routing.everything(q, sight)
+  dense = masked.attend(q, k, v, sight, q_sink=q_sink)
+  other = masked.attend(q, k, v, sight, routing=every, q_sink=q_sink)
+  jax.tree.map(CLOSE, dense, other)
+  # And a k that leaves nothing out is not routing at all.
+  most = routing.most_candidates(sight)
+  rule = routed(sight, k, most)
+  text = str(
+    jax.make_jaxpr(
+      lambda q: attention.attend(q, k, v, sight, routing=rule, place="cpu")
+    )(q)
+  )
+  assert "argmax" not in text
+  rule = routed(sight, k, most - 1)
+  text = str(
+    jax.make_jaxpr(
+      lambda q: attention.attend(q, k, v, sight, routing=rule, place="cpu")
+    )(q)
+  )
+  assert "argmax" in text
 
 
 def test_a_mask_that_hides_a_chunk_from_itself_is_refused():

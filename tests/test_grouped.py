@@ -333,7 +333,8 @@ def test_grouped_needs_a_routing():
   [
     ({}, None),
     ({"platform": "gpu"}, "TPUs only"),
-    ({"top_k": None}, "needs routing"),
+    ({"top_k": None}, "is for routed history"),
+    ({"top_k": None, "sink_queries": True}, None),
     ({"head_dim": 64}, "multiple of 128"),
     ({"dtype": "float16"}, "bfloat16"),
     ({"tokens": 30_000}, "VMEM"),

@@ -16,6 +16,7 @@ from avd_jax.diffusion import solvers
 from avd_jax.errors import UserError
 from avd_jax.models import denoiser as denoiser_lib
 from avd_jax.models import dit
+from avd_jax.ops import attention
 from avd_jax.training.program import Program
 
 CLOSE = functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-4)
@@ -230,6 +231,39 @@ def test_a_trained_model_may_be_sampled_with_another_attention(run):
     sampling.load(workdir, ["--config.model.dim=24"])
   with pytest.raises(UserError, match="routing_top_k"):
     sampling.load(workdir, sees(routing_top_k=400))
+
+
+def test_a_routed_run_may_be_sampled_dense_and_longer(run, tmp_path):
+  """None unsets what a run has set; a longer video has more to choose from."""
+  workdir, _ = run
+  routed = "--config.model.attention.routing_top_k"
+  with pytest.raises(UserError, match=r"routing_top_k 200: .* give 1 to 127"):
+    sampling.load(workdir, [f"{routed}=200"])
+  longer = sampling.load(workdir, [f"{routed}=200"], frames=300)
+  assert longer.model.attention.routing_top_k == 200
+  config = longer.config
+  config_lib.override(config, [f"{routed}=None"])
+  assert config.model.attention.routing_top_k is None
+  config_lib.override(config, [f"{routed}=3"])
+  assert config.model.attention.routing_top_k == 3
+  with pytest.raises(UserError, match="None"):
+    config_lib.override(config, ["--config.model.dim=None"])
+
+
+def test_a_rollout_of_any_length_is_traced_once(sampler, monkeypatch):
+  count = []
+  attend = attention.attend
+  monkeypatch.setattr(
+    attention, "attend", lambda *a, **k: count.append(1) or attend(*a, **k)
+  )
+  fresh = sampling.Sampler(sampler.config, sampler.params)
+  given, text = inputs(1)
+  parts = fresh.stream(given, text, 21)
+  next(parts)
+  traced = len(count)
+  assert traced
+  assert sum(part.shape[1] for part in parts) == 18
+  assert len(count) == traced
 
 
 @pytest.mark.parametrize(

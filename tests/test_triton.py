@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avd_jax.ops import masks, problem, reference
+from avd_jax import parallel
+from avd_jax.ops import attention, masks, problem, reference
 from avd_jax.ops import routing as routing_lib
 from avd_jax.ops.kernels import (
   compat,
@@ -42,7 +43,7 @@ def tensors(sight, head_dim, dtype=jnp.float32, seed=0):
   """q, k, v, q_sink, dout, dlse."""
   rows, columns = sight.sees.shape
   keys = jax.random.split(jax.random.key(seed), 6)
-  shape = lambda n: (1, n * sight.tokens, HEADS, head_dim)
+  shape = lambda n: (2, n * sight.tokens, HEADS, head_dim)
   normal = lambda i, n: jax.random.normal(keys[i], shape(n), dtype)
   q, k, v = normal(0, rows), normal(1, columns), normal(2, columns)
   dlse = jax.random.normal(keys[5], shape(rows)[:-1])
@@ -321,13 +322,13 @@ def test_shuffled_columns_choose_by_chunk():
   sight = masks.Sight(np.ones((1, 4), bool), np.array([3]), 17, 4)
   args = tensors(sight, 16)
   routing = Routing(
-    2, jnp.ones((1, 4, HEADS, 16)), order=jnp.array([2, 0, 1, 3])
+    2, jnp.ones((2, 4, HEADS, 16)), order=jnp.array([2, 0, 1, 3])
   )
   plan = jax.jit(
     lambda q: triton_plan.plan(q, sight, routing, None, 16, 32, True)
   )(args[0])
   used = np.asarray(plan.last - plan.first)
-  np.testing.assert_array_equal(used, [[[0, 1, 1, 0]] * HEADS])
+  np.testing.assert_array_equal(used, [[[0, 1, 1, 0]] * HEADS] * 2)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -385,3 +386,32 @@ def test_what_is_not_refused():
 def test_slots_must_fill_tiles_of_the_backward_pass():
   with pytest.raises(ValueError, match="chosen_dq"):
     triton_routed.Blocks(*[Tile(32, 16, 4, 1)] * 4, Tile(64, 16, 4, 1), 16)
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_kernels_run_on_each_device_of_a_mesh(top_k):
+  """Videos and heads are split; the numbers are one device's."""
+  mesh = parallel.make_mesh(jax.devices()[:4], (2, 1, 1, 2))
+  sight = LAST_NOISY
+  q, k, v, _, dout, dlse = tensors(sight, 16)
+  rule = top_k and routing_lib.Routing(top_k, history(k, sight))
+  module = triton_routed if top_k else triton_ranges
+  kernel = functools.partial(
+    module.attend, interpret=True, blocks=ROUTED if top_k else RANGES
+  )
+
+  def run(call):
+    of = lambda *x: call(*x, sight)
+    result, pull = jax.vjp(of, q, k, v)
+    return result, pull((dout, dlse))
+
+  if top_k:
+    one = run(functools.partial(kernel, routing=rule))
+  else:
+    one = run(kernel)
+  many = run(
+    lambda *x: attention.per_device(kernel, mesh, *x, routing=rule or None)
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), many, one
+  )

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
   if args.fps <= 0:
     raise UserError(f"--fps {args.fps}: must be positive")
   devices.start()
-  sampler = sampling.load(args.workdir, args.overrides)
+  sampler = sampling.load(args.workdir, args.overrides, args.frames or 0)
   config = sampler.config
   if args.steps is not None:
     config.sampling.steps = args.steps

@@ -35,6 +35,8 @@ class AttentionConfig:
     descriptor: whose mean describes a chunk: "rotated" keys, those that
       attention meets, or "raw" ones, without position.
     implementation: see `ops.attention`; "auto" picks by platform and shape.
+      "splash" is for whole videos: what it cannot do, a chunk against the
+      cache, goes by "auto".
   """
 
   window: int | None = None
@@ -69,6 +71,11 @@ class AttentionConfig:
           f" model.attention.{lacks}: use {', '.join(able)}, xla, reference or"
           " auto"
         )
+    if self.implementation == "tpu" and not (self.routing_top_k or self.sink):
+      raise UserError(
+        "model.attention.implementation 'tpu' is for routed history and sinks:"
+        " set model.attention.routing_top_k, or use splash or auto"
+      )
     if self.routing_top_k is None:
       return
     if self.routing_top_k < 1:
@@ -105,7 +112,7 @@ def check(
   """Refuses an implementation that cannot do a model's attention.
 
   Both faces are asked about: videos of `chunks` chunks at once in two streams,
-  and a chunk of `tokens` tokens against a cache of them.
+  and a chunk of `tokens` tokens against a cache of them, ring or whole.
 
   Raises:
     UserError: naming the setting, the reason, and what could do it.
@@ -113,7 +120,6 @@ def check(
   shape = lambda n: jax.ShapeDtypeStruct(
     (1, n * tokens, heads, head_dim), dtype
   )
-  layout = kv_cache.layout(chunks, cfg.window, cfg.sink, keep_all=False)
   parallel = masks.sight(
     masks.history_mask(2, cfg.window, cfg.sink),
     chunks,
@@ -122,8 +128,15 @@ def check(
     None,
     cfg.sink,
   )
-  cached = layout.sight(jnp.int32(0), tokens)
-  for sight in (parallel, cached):
+  caches = [
+    kv_cache.layout(chunks, cfg.window, cfg.sink, keep_all)
+    for keep_all in (False, True)
+  ]
+  asked = [(parallel, cfg.implementation)]
+  asked += [
+    (layout.sight(jnp.int32(0), tokens), _for_cache(cfg)) for layout in caches
+  ]
+  for sight, implementation in asked:
     rows, columns = sight.sees.shape
     problem = describe(
       attention.platform_of(place),
@@ -132,8 +145,9 @@ def check(
       sight,
       cfg.routing_top_k,
       bool(cfg.sink),
+      attention.capability_of(place),
     )
-    attention.choose(problem, cfg.implementation)
+    attention.choose(problem, implementation)
 
 
 class Angles(NamedTuple):
@@ -243,6 +257,10 @@ def parallel(
   return out
 
 
+def _for_cache(cfg: AttentionConfig) -> str:
+  return "auto" if cfg.implementation == "splash" else cfg.implementation
+
+
 def cached(
   cfg: AttentionConfig,
   q: Float[Array, "b s a d"],
@@ -272,7 +290,7 @@ def cached(
     layout.sight(chunk, tokens),
     routing=_routing(cfg, mean, q, order),
     q_sink=None if turns.sink is None else rope.rotate(q, turns.sink),
-    implementation=cfg.implementation,
+    implementation=_for_cache(cfg),
     place=place,
   )
   return out, layer

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
@@ -29,6 +30,7 @@ from jaxtyping import Array, Float
 from avd_jax import parallel
 from avd_jax.errors import UserError
 from avd_jax.ops import cudnn
+from avd_jax.ops import routing as routing_lib
 from avd_jax.ops.masks import Sight
 from avd_jax.ops.problem import Problem, describe
 from avd_jax.ops.reference import Out, reference
@@ -63,6 +65,14 @@ def platform_of(place: Place) -> str:
   return place or jax.default_backend()
 
 
+def capability_of(place: Place) -> float | None:
+  """The compute capability of a mesh of CUDA GPUs, if it is one."""
+  if not isinstance(place, Mesh):
+    return None
+  said = getattr(place.devices.flat[0], "compute_capability", None)
+  return float(said) if said else None
+
+
 class Choice(NamedTuple):
   """An implementation and why it was taken."""
 
@@ -73,11 +83,12 @@ class Choice(NamedTuple):
 def _module(problem: Problem, name: str) -> Any:
   """Where an implementation of this problem lives; imported when asked for."""
   routed = problem.top_k is not None
+  holes = not problem.static and not problem.prefix
   path = {
     "reference": "masked",
     "xla": "kernels.grouped" if routed and _grouped(problem) else "chunked",
     "cudnn": "cudnn",
-    "triton": "kernels.triton_routed" if routed else "kernels.triton_ranges",
+    "triton": f"kernels.triton_{'routed' if routed or holes else 'ranges'}",
     "splash": "kernels.splash",
     "tpu": "kernels.tpu_routed",
   }[name]
@@ -86,7 +97,7 @@ def _module(problem: Problem, name: str) -> Any:
 
 def _grouped(problem: Problem) -> bool:
   """Whether plain JAX groups queries by choice instead of masking."""
-  if problem.tokens < GROUPED or problem.columns <= problem.top_k + 1:
+  if problem.tokens < GROUPED:
     return False
   crowd = problem.tokens * problem.top_k / problem.columns
   return problem.static or problem.tokens > FETCHED or crowd >= CROWD
@@ -98,7 +109,7 @@ def _logits(problem: Problem) -> int:
 
 def _copies(problem: Problem) -> int:
   """Bytes that per-chunk calls keep of keys and values for the backward."""
-  if not problem.static or problem.runs < 2:
+  if not problem.static:
     return 0
   size = 4 if problem.dtype == "float32" else 2
   row = problem.heads * problem.head_dim * problem.tokens * problem.batch
@@ -142,9 +153,8 @@ def choose(problem: Problem, implementation: str = "auto") -> Choice:
     if no is None:
       return Choice(name, reason)
     refused.append(f"{name}: {no}")
-  return Choice(
-    "xla", f"plain JAX, since no kernel fits ({'; '.join(refused)})"
-  )
+  name = "reference" if _logits(problem) <= SMALL else "xla"
+  return Choice(name, f"plain JAX, since no kernel fits: {'; '.join(refused)}")
 
 
 def _preferences(problem: Problem) -> list[tuple[str, str]]:
@@ -161,7 +171,10 @@ def _preferences(problem: Problem) -> list[tuple[str, str]]:
   if problem.platform == "tpu":
     if routed:
       return [("tpu", "our kernel: queries grouped by the chunk they chose")]
-    return [("splash", "skips blocks by a mask computed inside the kernel")]
+    return [
+      ("splash", "skips blocks by a mask computed inside the kernel"),
+      ("tpu", "our kernel, every chunk in sight chosen"),
+    ]
   if routed:
     return [("triton", "our kernels: queries grouped by the chunk they chose")]
   dense = [
@@ -216,13 +229,54 @@ def attend(
     UserError: an implementation that cannot do this, with the reason.
   [RF Eq. 9]
   """
+  if routing and routing.top_k >= routing_lib.most_candidates(sight):
+    routing = None  # all in sight is chosen: dense attention
   top_k = None if routing is None else routing.top_k
-  problem = describe(platform_of(place), q, k, sight, top_k, q_sink is not None)
+  problem = describe(
+    platform_of(place),
+    q,
+    k,
+    sight,
+    top_k,
+    q_sink is not None,
+    capability_of(place),
+  )
+  several = isinstance(place, Mesh) and place.size > 1
+  if several:
+    problem = _share(problem, place)
   picked = choose(problem, implementation)
-  call = _module(problem, picked.name).attend
-  if isinstance(place, Mesh) and place.size > 1 and picked.name in KERNELS:
-    return per_device(call, place, q, k, v, sight, routing, q_sink)
-  return call(q, k, v, sight, routing=routing, q_sink=q_sink)
+  module = _module(problem, picked.name)
+  if routing is None and module.__name__.endswith("_routed"):
+    routing = routing_lib.everything(q, sight)
+  opaque = picked.name in KERNELS or (
+    # What XLA would split, but by gathering every device's queries.
+    picked.name == "xla" and routing is not None and _divides(place, q)
+  )
+  if several and opaque:
+    return per_device(module.attend, place, q, k, v, sight, routing, q_sink)
+  return module.attend(q, k, v, sight, routing=routing, q_sink=q_sink)
+
+
+def _shards(mesh: Mesh) -> tuple[int, int]:
+  """Parts that videos and heads are cut into."""
+  return mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+
+
+def _divides(place: Place, q: jax.Array) -> bool:
+  if not isinstance(place, Mesh):
+    return False
+  videos, heads = _shards(place)
+  return q.shape[0] % videos == 0 and q.shape[2] % heads == 0
+
+
+def _share(problem: Problem, mesh: Mesh) -> Problem:
+  """A device's part of a problem."""
+  videos, heads = _shards(mesh)
+  return dataclasses.replace(
+    problem,
+    batch=max(1, problem.batch // videos),
+    heads=max(1, problem.heads // heads),
+  )
 
 
 def per_device(
@@ -240,8 +294,8 @@ def per_device(
   Raises:
     UserError: a mesh that divides neither evenly.
   """
-  shards = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
-  if q.shape[0] % shards[0] or q.shape[2] % shards[1]:
+  shards = _shards(mesh)
+  if not _divides(mesh, q):
     raise UserError(
       f"attention over {q.shape[0]} videos and {q.shape[2]} heads is not"
       f" divisible by mesh axes data x fsdp = {shards[0]} and tensor ="
@@ -308,12 +362,12 @@ def attend_all(
   problem = describe(platform, q, k, sight)
   if problem.platform == "gpu" and cudnn.refuses(problem) is None:
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-  length = q.shape[1]
-  blocks = next(
-    n for n in range(-(-length // BLOCK), length + 1) if length % n == 0
-  )
+  length, blocks = q.shape[1], -(-q.shape[1] // BLOCK)
   if blocks == 1:
     return reference(q, k, v)[0]
-  cut = q.reshape(q.shape[0], blocks, -1, *q.shape[2:]).swapaxes(0, 1)
-  out = jax.lax.map(jax.checkpoint(lambda q: reference(q, k, v)[0]), cut)
-  return out.swapaxes(0, 1).reshape(q.shape)
+  size = -(-length // blocks)
+  room = ((0, 0), (0, blocks * size - length), (0, 0), (0, 0))
+  cut = jnp.pad(q, room).reshape(q.shape[0], blocks, size, *q.shape[2:])
+  product = jax.checkpoint(lambda q: reference(q, k, v)[0])
+  out = jax.lax.map(product, cut.swapaxes(0, 1)).swapaxes(0, 1)
+  return out.reshape(q.shape[0], -1, *q.shape[2:])[:, :length]

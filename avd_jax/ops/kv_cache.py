@@ -96,6 +96,7 @@ class Layout:
       history=self.slots,
       sink=self.sink,
       count=filled if self.prefix else None,
+      most=None if self.window is None else self.window + self.sink,
     )
 
 

@@ -145,6 +145,11 @@ class Sight:
       (`q_sink`) may meet.
     count: how many first columns are seen, where a single row sees exactly
       those; None where it may see others.
+    most: of a traced row: columns besides its own that it sees at most; None
+      where that may be all of them.
+
+  Raises:
+    ValueError: more sinks than history, or more history than columns.
   """
 
   sees: np.ndarray | jax.Array
@@ -153,6 +158,14 @@ class Sight:
   history: int
   sink: int = 0
   count: jax.Array | None = None
+  most: int | None = None
+
+  def __post_init__(self):
+    if not 0 <= self.sink <= self.history <= self.sees.shape[-1]:
+      raise ValueError(
+        f"{self.sink} sinks of {self.history} chunks of history among"
+        f" {self.sees.shape[-1]} columns"
+      )
 
   @property
   def static(self) -> bool:

@@ -13,7 +13,7 @@ class Problem:
   """An attention call without its arrays.
 
   Attributes:
-    platform: "cpu", "gpu" or "tpu".
+    platform: "cpu", "gpu" (CUDA), "tpu", or "rocm".
     batch: videos.
     rows: chunks of queries.
     columns: chunks of keys.
@@ -28,6 +28,7 @@ class Problem:
     runs: most contiguous ranges of columns that a row of a static mask sees.
     pairs: chunk pairs that attention needs, of a static mask without routing.
     sink_queries: whether sink keys are met by queries of their own.
+    capability: CUDA compute capability of the GPU, where it is known.
   """
 
   platform: str
@@ -44,6 +45,7 @@ class Problem:
   runs: int = 1
   pairs: int = 0
   sink_queries: bool = False
+  capability: float | None = None
 
 
 def describe(
@@ -53,12 +55,13 @@ def describe(
   sight: Sight,
   top_k: int | None = None,
   sink_queries: bool = False,
+  capability: float | None = None,
 ) -> Problem:
   """The problem that arrays (or their shapes) pose."""
   rows, columns = sight.sees.shape
   static = sight.static
   return Problem(
-    platform={"cuda": "gpu", "rocm": "gpu"}.get(platform, platform),
+    platform="gpu" if platform == "cuda" else platform,
     batch=q.shape[0],
     rows=rows,
     columns=columns,
@@ -72,4 +75,5 @@ def describe(
     runs=max(len(sight.runs(r)) for r in range(rows)) if static else 1,
     pairs=int(sight.sees.sum()) if static else columns,
     sink_queries=sink_queries and sight.sink > 0,
+    capability=capability,
   )

@@ -105,6 +105,21 @@ def choose(
   return chosen
 
 
+def everything(q: Float[Array, "b q a d"], sight: Sight) -> Routing:
+  """The routing that chooses all in sight: dense, for kernels that route."""
+  b, _, a, d = q.shape
+  means = jnp.zeros((b, sight.history, a, d))
+  return Routing(max(1, most_candidates(sight)), means)
+
+
+def most_candidates(sight: Sight) -> int:
+  """Most columns that a row could choose from."""
+  if sight.static:
+    return int(sight.candidates().sum(1).max())
+  slots = sight.history - 1  # all but one's own
+  return slots if sight.most is None else min(slots, sight.most)
+
+
 def chosen_columns(
   chosen: Int[Array, "b q a t"], sight: Sight
 ) -> Bool[Array, "b q a {sight.sees.shape[1]}"]:

@@ -20,8 +20,8 @@ from avd_jax.ops.problem import Problem, describe
 from avd_jax.studies import race, rivals
 
 MODES = ("training", "decoding")
-# Logits [q, k] up to which the masked reference is computed at full length;
-# longer problems are checked on their first chunks' worth.
+# Logits [q, k] up to which the masked reference races, and checks the others;
+# larger problems are checked on a smaller one.
 CHECKED = 2**24
 
 
@@ -167,14 +167,13 @@ def contenders(case: Case, platform: str) -> dict[str, rivals.Contender]:
 def check(case: Case, name: str, platform: str) -> float:
   """Largest error of a contender over the reference's largest value.
 
-  On the case itself, or, where the reference would not fit, on as many chunks
-  as do.
+  On the case itself, or, where the reference would not fit, on fewer chunks
+  (but more than routing chooses) of fewer tokens.
 
   Raises:
     UserError: it is not the same attention; nothing should be timed then.
   """
-  while case.chunks > 2 and _logits(case) > CHECKED:
-    case = dataclasses.replace(case, chunks=case.chunks - 1)
+  case = _smaller(case)
   arrays = case.arrays()
   contender = contenders(case, platform)[name]
   found = contender.numpy(contender.prepare(*arrays)())
@@ -194,6 +193,17 @@ def check(case: Case, name: str, platform: str) -> float:
       f" {allowed:.0e}) at {case}: it is not timed"
     )
   return worst
+
+
+def _smaller(case: Case) -> Case:
+  """The case, or one that the reference can do and that still routes."""
+  fewest = min(case.chunks, (case.top_k or 1) + 3)
+  while _logits(case) > CHECKED and case.chunks > fewest:
+    case = dataclasses.replace(case, chunks=case.chunks - 1)
+  while _logits(case) > CHECKED and case.size.tokens > 1:
+    size = dataclasses.replace(case.size, tokens=case.size.tokens // 2)
+    case = dataclasses.replace(case, size=size)
+  return case
 
 
 def _logits(case: Case) -> int:

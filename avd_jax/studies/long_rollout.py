@@ -6,7 +6,7 @@ each segment, memory as what the process holds.
 """
 
 import dataclasses
-import resource
+import gc
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,34 +69,35 @@ class Curve:
   Attributes:
     chunk: index of each segment's last chunk.
     ms: time of a chunk in the segment.
-    memory_mb: what arrays hold after it, the KV cache among them.
-    peak_mb: most memory that the process ever held.
+    memory_mb: what arrays hold after it, the KV cache among them, which is
+      allocated up front: a ring where there is a window, room for all chunks
+      of the video else.
   """
 
   chunk: list[int]
   ms: list[float]
   memory_mb: list[float]
-  peak_mb: float
 
 
 def generate(kind: str, chunks: int, segment: int, bar: tqdm) -> Curve:
   """One video of `chunks` chunks."""
+  gc.collect()
+  before = _memory_mb()  # others' arrays
   sampler = _sampler(kind, segment)
   given = np.zeros((1, 0, 32, 32, 3), np.float32)
   text = np.zeros((1, sampler.config.data.text_length), np.int32)
   # The first segment of another video compiles; lengths share the program.
   next(sampler.stream(given, text, chunks))
-  curve = Curve([], [], [], 0.0)
+  curve = Curve([], [], [])
   start = time.perf_counter()
   for made in sampler.stream(given, text, chunks, seed=1):
     now = time.perf_counter()
     curve.chunk.append((curve.chunk or [0])[-1] + made.shape[1])
     curve.ms.append(1e3 * (now - start) / made.shape[1])
-    curve.memory_mb.append(_memory_mb())
+    curve.memory_mb.append(_memory_mb() - before)
     bar.update(made.shape[1])
     start = time.perf_counter()
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-  return dataclasses.replace(curve, peak_mb=peak)
+  return curve
 
 
 def growth(curve: Curve) -> dict[str, float]:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from avd_jax.errors import UserError
@@ -71,6 +72,9 @@ def attend(
     )
   engine = LOOP if engine is None else engine
   pairs = q.shape[1] * routing.top_k
+  if sight.static:  # first chunks have less to choose from
+    choices = np.minimum(sight.candidates().sum(1), routing.top_k)
+    pairs = int(choices.sum()) * sight.tokens
   if block is None:
     block = _rows_of_a_tile(pairs, sight.history, *engine.block)
   if q_sink is not None and not sight.sink:
@@ -81,7 +85,7 @@ def attend(
     q, k, v, q_sink, described, choosing = args
     asked = routing._replace(descriptors=described, q=choosing)
     chosen = routing_lib.choose(q, sight, asked, q_sink)
-    grouped = plan(chosen, sight.history, block)
+    grouped = plan(chosen, sight.history, block, pairs)
     static = _Static(engine, block, sight.tokens, sight.sink)
     return _attend(static, q, q_sink, k, v, own, grouped)
 

@@ -38,7 +38,12 @@ def num_tiles(pairs: int, columns: int, block: int) -> int:
   return pairs // block + min(columns, pairs)
 
 
-def plan(chosen: Int[Array, "b q a t"], columns: int, block: int) -> Plan:
+def plan(
+  chosen: Int[Array, "b q a t"],
+  columns: int,
+  block: int,
+  pairs: int | None = None,
+) -> Plan:
   """Groups slots by the column they chose, in the order of their queries.
 
   A slot's place is its column's first tile plus its rank among that column's
@@ -48,9 +53,10 @@ def plan(chosen: Int[Array, "b q a t"], columns: int, block: int) -> Plan:
     chosen: distinct columns below `columns` for each query; NONE for none.
     columns: how many there are to choose from.
     block: rows of a tile.
+    pairs: most choices that queries can make; q * t where not given.
   """
   b, q, a, t = chosen.shape
-  tiles = num_tiles(q * t, columns, block)
+  tiles = num_tiles(q * t if pairs is None else pairs, columns, block)
   slots = tiles * block
   chosen = chosen.transpose(0, 2, 3, 1)
   ids = jnp.arange(columns, dtype=jnp.int32)[:, None]

@@ -62,9 +62,10 @@ def refuses(problem: Problem) -> str | None:
   """Why this cannot do a problem, in one sentence; None if it can."""
   if problem.platform != "tpu":
     return f"tpu_routed runs on TPUs only, not on {problem.platform}"
-  if problem.top_k is None:
+  if problem.top_k is None and not problem.sink_queries:
     return (
-      "tpu_routed needs routing: model.attention.routing_top_k of 1 or more"
+      "tpu_routed is for routed history (model.attention.routing_top_k) and for"
+      " sinks: what sees all would be cut into more pieces than it can hold"
     )
   if problem.head_dim % LANES:
     return (

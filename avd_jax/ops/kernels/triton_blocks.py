@@ -43,10 +43,19 @@ class Tile:
   stages: int
 
 
+# Triton's own floor; the kernels are cut for Hopper (9.0).
+LEAST_CAPABILITY = 8.0
+
+
 def refuses(problem: Problem) -> str | None:
   """Why Triton kernels cannot do a problem, whatever its mask; None if so."""
   if problem.platform != "gpu":
     return f"Triton kernels run on platform gpu, not on {problem.platform}"
+  if problem.capability is not None and problem.capability < LEAST_CAPABILITY:
+    return (
+      f"Triton kernels need compute capability {LEAST_CAPABILITY} (Ampere), not"
+      f" {problem.capability}"
+    )
   if problem.head_dim not in HEAD_DIMS:
     return (
       f"Triton kernels take head_dim {', '.join(map(str, HEAD_DIMS))}, not"

@@ -241,6 +241,11 @@ def refuses(problem: Problem) -> str | None:
       "ranges attend to all that is seen: model.attention.routing_top_k must be"
       " None"
     )
+  if problem.capability is not None and 8.0 < problem.capability < 9.0:
+    return (
+      "ranges need 128 KiB of shared memory, which compute capability"
+      f" {problem.capability} lacks"
+    )
   if not (problem.static or problem.prefix):
     return "ranges need a mask known while tracing, or a cache seen as a prefix"
   return blk.refuses(problem)

@@ -407,6 +407,6 @@ def attend(
 
 def refuses(problem: Problem) -> str | None:
   """Why not, or None."""
-  if problem.top_k is None:
+  if problem.top_k is None and (problem.static or problem.prefix):
     return "routed kernels need model.attention.routing_top_k of 1 or more"
   return blk.refuses(problem)
