@@ -405,10 +405,8 @@ def test_kernels_run_on_each_device_of_a_mesh(top_k):
     result, pull = jax.vjp(of, q, k, v)
     return result, pull((dout, dlse))
 
-  if top_k:
-    one = run(functools.partial(kernel, routing=rule))
-  else:
-    one = run(kernel)
+  alone = functools.partial(kernel, routing=rule) if top_k else kernel
+  one = run(alone)
   many = run(
     lambda *x: attention.per_device(kernel, mesh, *x, routing=rule or None)
   )
