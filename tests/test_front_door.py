@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 
 import chex
 import jax
@@ -430,6 +431,20 @@ def test_grouped_queries_stay_on_their_device(monkeypatch):
   split = jax.NamedSharding(mesh, parallel.BATCH)
   placed = jax.device_put((q, k, v), split)
   assert "all-gather" not in many.lower(*placed).compile().as_text()
+
+
+def test_an_accelerator_without_a_kernel_is_told():
+  """Never silently slow."""
+  sight = masks.sight(masks.history_mask(2, None, 0), 3, 2, 100)
+  shape = jax.ShapeDtypeStruct((1, 600, 2, 24), jnp.float32)
+  call = lambda place: jax.eval_shape(
+    lambda q: attention.attend(q, q, q, sight, place=place), shape
+  )
+  with pytest.warns(UserWarning, match="falls back to plain JAX.*head_dim 16"):
+    call("gpu")
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    call("cpu")
 
 
 def test_a_device_s_share_decides_on_a_mesh():

@@ -18,6 +18,7 @@ back in silence.
 
 import dataclasses
 import importlib
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -74,10 +75,18 @@ def capability_of(place: Place) -> float | None:
 
 
 class Choice(NamedTuple):
-  """An implementation and why it was taken."""
+  """An implementation and why it was taken.
+
+  Attributes:
+    name: one of IMPLEMENTATIONS.
+    reason: why.
+    slow: whether an accelerator must do without a kernel at a size where
+      that shows.
+  """
 
   name: str
   reason: str
+  slow: bool = False
 
 
 def _module(problem: Problem, name: str) -> Any:
@@ -153,8 +162,12 @@ def choose(problem: Problem, implementation: str = "auto") -> Choice:
     if no is None:
       return Choice(name, reason)
     refused.append(f"{name}: {no}")
-  name = "reference" if _logits(problem) <= SMALL else "xla"
-  return Choice(name, f"plain JAX, since no kernel fits: {'; '.join(refused)}")
+  small = _logits(problem) <= SMALL
+  return Choice(
+    "reference" if small else "xla",
+    f"plain JAX, since no kernel fits: {'; '.join(refused)}",
+    slow=not small,
+  )
 
 
 def _preferences(problem: Problem) -> list[tuple[str, str]]:
@@ -245,6 +258,8 @@ def attend(
   if several:
     problem = _share(problem, place)
   picked = choose(problem, implementation)
+  if picked.slow:
+    warnings.warn(f"attention falls back to {picked.reason}", stacklevel=2)
   module = _module(problem, picked.name)
   if routing is None and module.__name__.endswith("_routed"):
     routing = routing_lib.everything(q, sight)
