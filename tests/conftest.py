@@ -1,6 +1,7 @@
 """What every test shares: eight CPU devices, checked types, a compile cache."""
 
 import os
+import signal
 from pathlib import Path
 
 CACHE = Path(__file__).parent.parent / ".jax_cache"
@@ -14,6 +15,10 @@ for _name, _value in {
   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }.items():
   os.environ.setdefault(_name, _value)
+
+# A shell has what it starts in the background ignore Ctrl-C, and children
+# inherit that; tests of interrupts send it to themselves and to children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import chex  # noqa: E402
 
