@@ -7,7 +7,7 @@ import pytest
 
 from avd_jax.cli import main as cli
 from avd_jax.errors import UserError
-from avd_jax.ops import attention
+from avd_jax.ops import attention, routing
 from avd_jax.studies import attention_cost, long_rollout, race, rivals
 
 SIZE = attention_cost.Size(tokens=8, heads=1, head_dim=16)
@@ -61,6 +61,16 @@ def test_slopes_are_lines_through_the_medians(numbers):
   assert "slope_routed" not in numbers
 
 
+def test_queries_that_choose_alike_do():
+  case = attention_cost.Case("decoding", 9, 2, SIZE)
+  call = attention_cost._decoder(case, "cpu", alike=True)
+  q, k, *_ = call.args
+  rule = routing.Routing(2, routing.descriptors(k, 8))
+  chosen = np.asarray(routing.choose(q, case.sight(), rule))
+  assert len(np.unique(np.sort(chosen, -1).reshape(-1, 2), axis=0)) == 1
+  assert len(np.unique(chosen)) == 2
+
+
 def test_a_wrong_contender_is_not_timed(monkeypatch):
   case = attention_cost.Case("decoding", 3, None, SIZE)
   right = attention_cost.ours
@@ -108,7 +118,8 @@ def test_the_command_writes_rows_and_a_table(tmp_path, capsys):
   assert not cli.main(["bench", "attention", *size, *what, "--json", str(path)])
   table = capsys.readouterr().out
   numbers = json.loads(path.read_text())
-  assert {"device", "rows", "slope_dense", "slope_routed"} <= set(numbers)
+  slopes = {"slope_dense", "slope_routed", "slope_routed_alike"}
+  assert {"device", "rows"} | slopes <= set(numbers)
   assert table.count("decoding  ") == len(numbers["rows"]) == 8
   assert "slope_dense" in table
   assert "reference *" in table

@@ -245,8 +245,9 @@ def measure(
     rows, one a contender and case: mode, chunks, top_k, implementation, chosen
     (whether "auto" picks it), error, ms, tflops (useful), memory_mb,
     over_dense (time over the fastest dense contender's), ideal, over_ideal;
-    and slope_dense and slope_routed: what a chunk of history adds to the time
-    of decoding a chunk, in units of attention to the own chunk alone.
+    and slope_dense, slope_routed (queries choose evenly) and
+    slope_routed_alike (all choose the same): what a chunk of history adds to
+    the time of decoding a chunk, in units of attention to the own chunk alone.
 
   Raises:
     UserError: a k that no case can have, no rounds, a contender that computes
@@ -320,10 +321,11 @@ def _slopes(platform, size, chunks, top_k, rounds, progress):
     if routed and n > max(routed):
       case = Case("decoding", n, max(routed), size)
       entries["routed", n] = _decoder(case, platform)
+      entries["routed_alike", n] = _decoder(case, platform, alike=True)
   times = race.run(entries, rounds, progress)
   one = race.median(times["own", 0])
   out: dict[str, Any] = {"slope_tokens": size.tokens}
-  for kind in ("dense", "routed"):
+  for kind in ("dense", "routed", "routed_alike"):
     points = [
       (n, race.median(t) / one) for (k, n), t in times.items() if k == kind
     ]
@@ -333,9 +335,20 @@ def _slopes(platform, size, chunks, top_k, rounds, progress):
   return out
 
 
-def _decoder(case: Case, platform: str) -> race.Call:
-  """A call of what "auto" picks, jitted, with its arrays."""
-  return rivals.of_jax(ours(case, "auto", platform)).prepare(*case.arrays())
+def _decoder(case: Case, platform: str, alike: bool = False) -> race.Call:
+  """A call of what "auto" picks, jitted, with its arrays.
+
+  Random queries choose evenly, the worst case for groups. `alike` gives all
+  queries and keys a direction in common, which chunks have in different
+  amounts: then all choose the same ones.
+  """
+  q, k, v, do = case.arrays()
+  if alike:
+    chunks = k.shape[1] // case.size.tokens
+    amounts = np.random.default_rng(0).permutation(chunks) / chunks
+    amounts = np.repeat(amounts, case.size.tokens)[None, :, None, None]
+    q, k = q + 4, (k + 4 * amounts).astype(k.dtype)
+  return rivals.of_jax(ours(case, "auto", platform)).prepare(q, k, v, do)
 
 
 def explain(
@@ -401,7 +414,7 @@ def table(numbers: dict[str, Any]) -> str:
     for row in numbers["rows"]
   ]
   lines += ["", *(f"{n}: {why}" for n, _, why in COLUMNS if why)]
-  for kind in ("dense", "routed"):
+  for kind in ("dense", "routed", "routed_alike"):
     if f"slope_{kind}" in numbers:
       lines.append(
         f"slope_{kind} {numbers[f'slope_{kind}']:.3f}: what a chunk of history"
