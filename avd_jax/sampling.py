@@ -50,14 +50,16 @@ class Sampler:
 
   @functools.cached_property
   def _denoiser(self) -> Denoiser:
-    denoiser, scale = (
-      self.make(self.model),
-      self.config.sampling.guidance,
-    )
-    if scale == 1.0 or self.model.text == "none":
-      return denoiser
-    null = jnp.zeros((self.config.data.text_length,), jnp.int32)
-    return guidance.classifier_free(denoiser, scale, null)
+    denoiser, options = self.make(self.model), self.config.sampling
+    if options.guidance != 1.0 and self.model.text != "none":
+      null = jnp.zeros((self.config.data.text_length,), jnp.int32)
+      denoiser = guidance.classifier_free(denoiser, options.guidance, null)
+    # Outermost: with and without text, a noised past is one and the same.
+    if options.history_guidance != 1.0:
+      denoiser = guidance.history_guided(
+        denoiser, options.history_guidance, options.history_level
+      )
+    return denoiser
 
   @functools.cached_property
   def _prefill(self):
@@ -68,11 +70,12 @@ class Sampler:
   @functools.cached_property
   def _segment(self):
     options, frames = self.config.sampling, self.model.chunk_frames
+    noised = options.context_noise
 
     def make(params, text, cache, key, first, shape, chunks):
-      keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(
-        first + jnp.arange(chunks)
-      )
+      # By a chunk's place in the video, wherever in a cache it lies.
+      index, place = first
+      keys = _fold(key, index + jnp.arange(chunks))
       b, _, *space = shape
       noise = jax.vmap(lambda k: jax.random.normal(k, (b, frames, *space)))(
         keys
@@ -86,10 +89,34 @@ class Sampler:
         cache,
         grid=solvers.time_grid(options.steps, options.shift),
         solver=options.solver,
-        first_chunk=first,
+        first_chunk=place,
+        told=jnp.full((b, chunks), self._told),
+        context_noise=noised,
+        keys=_context_keys(keys),
       )
 
     return jax.jit(make, static_argnums=(5, 6), donate_argnums=2)
+
+  @property
+  def _told(self) -> float:
+    """The level at which made chunks are remembered."""
+    options = self.config.sampling
+    if options.context_told is None:
+      return options.context_noise
+    return options.context_told
+
+  @functools.cached_property
+  def _as_context(self):
+    """(made chunks [b f h w c], key, index of the first) -> as remembered."""
+    frames, level = self.model.chunk_frames, self.config.sampling.context_noise
+
+    def see(made, key, index):
+      chunks = rollout.split_chunks(made, frames)
+      keys = _context_keys(_fold(key, index + jnp.arange(len(chunks))))
+      seen = jax.vmap(rollout.as_context, (0, 0, None))(chunks, keys, level)
+      return rollout.join_chunks(seen)
+
+    return jax.jit(see)
 
   def stream(
     self,
@@ -119,8 +146,13 @@ class Sampler:
     frames: int,
     seed: int = 0,
   ) -> Iterator[tuple[np.ndarray, Any]]:
-    """As `stream`, each with the cache after it, gone when the next is made."""
-    size = self.model.chunk_frames
+    """As `stream`, each with the cache after it, gone when the next is made.
+
+    With `sampling.recompute`, a cache never holds more than that many chunks:
+    then the last `recompute_keep` chunks of the video fill a fresh one, as if
+    the video had started with them; made ones as noised as they were before.
+    """
+    size, options = self.model.chunk_frames, self.config.sampling
     if given.shape[1] % size or frames % size:
       raise UserError(
         f"{given.shape[1]} given frames and {frames} in all must be whole"
@@ -132,21 +164,55 @@ class Sampler:
         f"{frames} frames are asked for and {given.shape[1]} are given:"
         " nothing is left to make"
       )
+    segment, room = self._room(done, total)
+    window, keep = options.recompute, options.recompute_keep
+    key, past = jax.random.key(seed), np.asarray(given, np.float32)
+    told = np.zeros((len(given), done), np.float32)
     shape = (given.shape[0], size, *given.shape[2:])
-    segment = min(self.config.sampling.segment, total - done)
-    # A whole number of segments: the last one may run past the end, unseen.
-    room = done + -(-(total - done) // segment) * segment
     like = jax.ShapeDtypeStruct(shape, jnp.float32)
-    cache = self._denoiser.init_cache(like, room)
-    if done:
-      cache = self._prefill(self.params, jnp.asarray(given), text, cache)
-    key = jax.random.key(seed)
     while done < total:
-      made, cache = self._segment(
-        self.params, text, cache, key, jnp.int32(done), shape, segment
+      place, until = past.shape[1] // size, total
+      if window is not None:
+        until = min(total, done - place + window)
+      cache = self._denoiser.init_cache(like, room)
+      if place:
+        cache = self._prefill(
+          self.params, jnp.asarray(past), text, cache, told=told
+        )
+      while done < until:
+        first = (jnp.int32(done), jnp.int32(place))
+        made, cache = self._segment(
+          self.params, text, cache, key, first, shape, segment
+        )
+        count = min(segment, until - done)
+        if window is not None:
+          seen = self._as_context(made, key, jnp.int32(done))
+          seen = np.asarray(seen)[:, : count * size]
+          past = np.concatenate([past, seen], 1)[:, -keep * size :]
+          now = np.full((len(told), count), self._told, np.float32)
+          told = np.concatenate([told, now], 1)[:, -keep:]
+        done, place = done + count, place + segment
+        yield np.asarray(made)[:, : count * size], cache
+
+  def _room(self, done: int, total: int) -> tuple[int, int]:
+    """(chunks made by a call, chunks that a cache has room for).
+
+    Raises:
+      UserError: more given chunks than a cache may hold.
+    """
+    options = self.config.sampling
+    window = options.recompute
+    if window is None:
+      segment = min(options.segment, total - done)
+      # Whole segments: the last one may run past the end, unseen.
+      return segment, done + -(-(total - done) // segment) * segment
+    if done >= window:
+      raise UserError(
+        f"{done} given chunks fill sampling.recompute {window}: nothing new"
+        " would be made; give fewer frames or raise it"
       )
-      yield np.asarray(made)[:, : (total - done) * size], cache
-      done += segment
+    segment = min(options.segment, window - options.recompute_keep)
+    return segment, window + segment  # one program for all of its caches
 
   def extend(
     self,
@@ -165,6 +231,16 @@ class Sampler:
       parts.append(made)
       on_frames(made.shape[1])
     return np.concatenate(parts, 1)
+
+
+def _fold(key: jax.Array, index: jax.Array) -> jax.Array:
+  """A key for each chunk, by its absolute index."""
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+
+
+def _context_keys(keys: jax.Array) -> jax.Array:
+  """Another stream than the noise that chunks start from."""
+  return jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
 
 
 def load(

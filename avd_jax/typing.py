@@ -12,7 +12,7 @@ autoregressive unit is a **chunk** of `chunk_frames` latent frames, so that
 n = f / chunk_frames; the papers say "frame" for it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -32,10 +32,13 @@ class Batch(NamedTuple):
   Attributes:
     x: clean videos or latents, [b f h w c]; pixels lie in [-1, 1].
     text: int32 [b m] byte tokens (0 pads) or [b m d] embeddings.
+    given: int32 [b], first chunks of each video that are handed over as they
+      are and take no loss, as BAgger's drifted prefix; None is 0 everywhere.
   """
 
   x: Any
   text: Any
+  given: Any = None
 
 
 class History(NamedTuple):
@@ -66,12 +69,31 @@ class Denoiser(NamedTuple):
       models/ and ops/. `keep_all` holds every chunk even where the mask's
       window would let a ring buffer forget.
     chunk_frames: latent frames in a chunk.
+    remember: `(params, x, t, text, cache, chunk) -> cache`. Takes a finished
+      chunk into the cache; None does it with `cached`.
   """
 
   parallel: Callable[..., jax.Array]
   cached: Callable[..., tuple[jax.Array, Any]]
   init_cache: Callable[..., Any]
   chunk_frames: int
+  remember: Callable[..., Any] | None = None
+
+
+class StepContext(NamedTuple):
+  """What a loss may use besides weights, data and randomness.
+
+  Attributes:
+    ema: the averaged weights; None where there are none.
+    memory: what objectives keep from step to step, by name.
+    ramp: how far a curriculum has come, in [0, 1].
+    given: the batch's; a history leaves these first chunks as they are.
+  """
+
+  ema: Params | None = None
+  memory: Mapping[str, Any] = {}
+  ramp: Float[Array, ""] | float = 1.0
+  given: Int[Array, "b"] | None = None
 
 
 @runtime_checkable
@@ -79,16 +101,20 @@ class HistoryFn(Protocol):
   """Makes the history a loss is conditioned on; see algorithms/histories."""
 
   def __call__(
-    self, params: Params, x: jax.Array, text: Text, key: jax.Array
+    self,
+    params: Params,
+    x: jax.Array,
+    text: Text,
+    key: jax.Array,
+    context: StepContext = StepContext(),
   ) -> History: ...
 
 
 @runtime_checkable
 class LossFn(Protocol):
-  """`(params, batch, key) -> (loss, metrics)`.
+  """`(params, batch, key, context) -> (loss, (metrics, memory))`.
 
-  `resampler` holds the weights that re-make the history where these are not
-  `params` (an EMA); None means `params`.
+  `memory` is the context's, with what this step adds to it.
   """
 
   def __call__(
@@ -96,5 +122,5 @@ class LossFn(Protocol):
     params: Params,
     batch: Batch,
     key: jax.Array,
-    resampler: Params | None = None,
-  ) -> tuple[jax.Array, Metrics]: ...
+    context: StepContext = StepContext(),
+  ) -> tuple[jax.Array, tuple[Metrics, Mapping[str, Any]]]: ...

@@ -43,7 +43,7 @@ def get_config():
   config.stage.resampling_forcing = base.stage(
     "self_resampled", 500, decay_steps=400
   )
-  config.stage.resampling_forcing.resampling.update(
+  config.stage.resampling_forcing.degradation.update(
     shift=0.1, clean_prefix=1, random_prefix=True
   )
   config.evaluation.update(videos=4, given=4, frames=40)

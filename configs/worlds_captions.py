@@ -46,7 +46,7 @@ def get_config():
   config.stage.resampling_forcing = base.stage(
     "self_resampled", 500, warmup_steps=20, decay_steps=480, final_lr_ratio=0.03
   )
-  config.stage.resampling_forcing.resampling.update(
+  config.stage.resampling_forcing.degradation.update(
     shift=0.1, clean_prefix=1, random_prefix=True
   )
   config.evaluation.update(videos=32, given=4, frames=84)

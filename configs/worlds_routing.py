@@ -45,7 +45,7 @@ def get_config(attention="routed"):
     resampling["warmup_steps"] + resampling["decay_steps"],
     **resampling,
   )
-  config.stage.resampling_forcing.resampling.update(
+  config.stage.resampling_forcing.degradation.update(
     shift=0.1, clean_prefix=1, random_prefix=True
   )
   config.evaluation.update(videos=96, given=4, frames=20, seed=2026)

@@ -42,7 +42,7 @@ def get_config():
     config.stage[name] = base.stage(
       history, 700, warmup_steps=20, decay_steps=680, final_lr_ratio=0.03
     )
-  config.stage.resampling_forcing.resampling.update(
+  config.stage.resampling_forcing.degradation.update(
     shift=0.1, clean_prefix=1, random_prefix=True
   )
   config.evaluation.update(videos=96, given=4, frames=84, seed=2026)

@@ -188,7 +188,7 @@ def test_one_of_several_processes_is_told_so_in_full(
   half = said(capsys, "train", "--config", programs.TINY, *run)
   assert "AVD_COORDINATOR" in half
   alone = said(capsys, "sample", "--out", tmp_path / "x.mp4", *run)
-  assert "only `avd train` runs as several processes" in alone
+  assert "only `avd train` and `avd bagger` run as several" in alone
 
 
 def test_a_workdir_of_another_config_names_the_fields(trained, capsys):

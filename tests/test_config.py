@@ -6,7 +6,7 @@ import pytest
 
 from avd_jax import checkpoint
 from avd_jax import config as config_lib
-from avd_jax.algorithms.histories import Resampling
+from avd_jax.algorithms.histories import Degradation
 from avd_jax.data.pipeline import DataConfig
 from avd_jax.errors import UserError
 from avd_jax.models.dit import DiTConfig
@@ -47,7 +47,7 @@ def test_overrides_reach_every_kind_of_field(file):
       "--config.model.dim=96",
       "--config.loss.text_dropout=0.5",
       "--config.data.path=some where",
-      "--config.stage.resampling_forcing.resampling.tell=True",
+      "--config.stage.resampling_forcing.degradation.tell=True",
       "--config.stages=('teacher_forcing',)",
       # None by default: no type to be read off the value.
       "--config.model.attention.window=3",
@@ -59,7 +59,7 @@ def test_overrides_reach_every_kind_of_field(file):
   assert config.model.dim == 96
   assert config.loss.text_dropout == 0.5
   assert config.data.path == "some where"
-  assert config.stage.resampling_forcing.resampling.tell is True
+  assert config.stage.resampling_forcing.degradation.tell is True
   assert config.stages == ("teacher_forcing",)
   model = config_lib.typed(DiTConfig, config.model)
   assert (model.attention.window, model.attention.sink) == (3, 1)
@@ -82,8 +82,8 @@ def test_a_file_may_take_an_argument(file):
 def test_defaults_are_the_dataclasses_own():
   config = config_lib.default()
   assert config_lib.typed(DataConfig, config.data) == DataConfig()
-  stage = config.stage.resampling_forcing.resampling
-  assert config_lib.typed(Resampling, stage) == Resampling()
+  stage = config.stage.resampling_forcing.degradation
+  assert config_lib.typed(Degradation, stage) == Degradation()
   config_lib.check(config)
 
 
@@ -140,7 +140,7 @@ def test_differences_name_fields_but_not_free_ones():
     ("model.dim.x=3", "--config.model.dim.x: unknown config field"),
     ("mesh.pipeline=2", "--config.mesh.pipeline: unknown config field"),
     ("stage.warmup.steps=3", "unknown config field"),
-    ("stage.teacher_forcing.resampling.levle=1", "unknown config field"),
+    ("stage.teacher_forcing.degradation.levle=1", "unknown config field"),
     # Types.
     ("model.dim", "write --config.model.dim=VALUE"),
     ("model.dim=wide", "--config.model.dim=wide"),
@@ -179,8 +179,8 @@ def test_differences_name_fields_but_not_free_ones():
     ("stage.teacher_forcing.resampler=x", "stage.teacher_forcing.resampler"),
     ("stage.teacher_forcing.warmup_steps=-1", "warmup_steps -1: at least 0"),
     ("stage.teacher_forcing.decay_steps=-1", "decay_steps -1: at least 0"),
-    ("stage.resampling_forcing.resampling.steps=0", "steps 0"),
-    ("stage.resampling_forcing.resampling.share=2.0", "share 2.0"),
+    ("stage.resampling_forcing.degradation.steps=0", "steps 0"),
+    ("stage.resampling_forcing.degradation.share=2.0", "share 2.0"),
     ("log.every=0", "log.every 0: at least 1"),
     ("log.checkpoint_every=0", "log.checkpoint_every 0: at least 1"),
     ("log.keep=0", "log.keep 0: at least 1"),
@@ -207,6 +207,96 @@ def test_a_mistake_in_an_argument(file, override, said):
   assert said in refused(file(), *f"--config.{override}".split())
 
 
+STAGE = "stage.resampling_forcing"
+
+
+@pytest.mark.parametrize(
+  ("override", "said"),
+  [
+    # Histories.
+    ("S.history=resampled", "S.history 'resampled' is not one of ground_truth"),
+    ("S.degradation.shift=0.0", "shift 0.0 must be positive"),
+    ("S.degradation.clean_prefix=-1", "clean_prefix -1 at least 0"),
+    ("S.degradation.ramp_steps=-1", "ramp_steps -1"),
+    ("S.degradation.full_every=-1", "full_every -1 must be at least 0"),
+    ("S.degradation.full_every=4", "full_every needs detached=True"),
+    ("S.degradation.detached=True S.history=parallel_resampled",
+     "S.degradation.detached hands on a rollout's cache"),
+    ("S.degradation.detached=True loss.history_dropout=0.1",
+     "S.degradation.detached keeps the history in a cache, where"
+     " loss.history_dropout cannot replace it"),
+    ("S.degradation.detached=True S.objective=consistency",
+     "S.degradation.detached keeps the history in a cache of the student's"),
+    ("loss.history_dropout=1.0", "loss.history_dropout 1.0 is not in [0, 1)"),
+    # Banks.
+    ("S.bank.buckets=0", "bank: buckets 0"),
+    ("S.bank.size=0", "size 0 must be at least 1"),
+    ("S.bank.input_share=1.5", "bank: input_share 1.5 is not in [0, 1]"),
+    ("S.bank.jitter=-0.5", "bank: jitter -0.5 is not in [0, 1]"),
+    ("S.history=error_bank S.bank.size=15 data.batch_size=32"
+     " optimizer.accumulation=2",
+     "S.bank.size 15 is smaller than the 16 errors"),
+    ("S.history=error_bank S.objective=consistency",
+     "history 'error_bank' collects errors of objective 'flow_matching'"),
+    ("S.history=error_bank stage.teacher_forcing.history=error_bank"
+     " S.bank.size=99",
+     "stages teacher_forcing, resampling_forcing have banks of different"),
+    # Objectives.
+    ("S.objective=gan", "S.objective 'gan' is not one of flow_matching"),
+    ("S.objective=diffusion_forcing",
+     "S: objective 'diffusion_forcing' has one stream"),
+    ("S.consistency.steps=1", "consistency: steps 1 must be at least 2"),
+    ("S.consistency.shift=0.0", "shift 0.0"),
+    ("S.consistency.min_t=0.0", "min_t 0.0 positive"),
+    # Sampling.
+    ("sampling.history_level=0.0", "sampling.history_level 0.0 must be posit"),
+    ("sampling.history_level=1.5", "sampling.history_level 1.5 is not in"),
+    ("sampling.context_noise=1.0", "sampling.context_noise 1.0 is not in"),
+    ("sampling.context_noise=-0.1", "sampling.context_noise -0.1 is not in"),
+    ("sampling.context_told=1.0", "sampling.context_told 1.0 is not in [0, 1)"),
+    ("sampling.context_told=-0.1", "sampling.context_told -0.1 is not in"),
+    ("sampling.recompute=4 sampling.recompute_keep=4",
+     "sampling.recompute 4 chunks must exceed sampling.recompute_keep 4"),
+    ("sampling.recompute=0", "sampling.recompute 0 chunks must exceed"),
+    ("sampling.recompute_keep=0", "sampling.recompute_keep 0: at least 1"),
+  ],
+)  # fmt: skip
+def test_a_mistake_in_a_method(file, override, said):
+  arguments = [
+    f"--config.{part.replace('S.', STAGE + '.')}" for part in override.split()
+  ]
+  said = said.replace("S.", STAGE + ".").replace("S:", STAGE + ":")
+  assert said in refused(file(), *arguments)
+
+
+def test_methods_that_go_together_are_allowed(file):
+  """What stands next to the refusals above."""
+  for override in (
+    "S.degradation.detached=True S.degradation.full_every=4",
+    "S.history=error_bank S.bank.size=16 data.batch_size=32"
+    " optimizer.accumulation=2",
+    "S.history=ground_truth S.objective=diffusion_forcing",
+    "S.objective=consistency loss.history_dropout=0.1",
+    "sampling.recompute=2 sampling.context_noise=0.1 sampling.context_told=0.2",
+  ):
+    arguments = [
+      f"--config.{part.replace('S.', STAGE + '.')}" for part in override.split()
+    ]
+    config = config_lib.load(file(), arguments)
+    back = config_lib.from_json(config_lib.to_json(config))
+    config_lib.check(back)
+  config_lib.override(
+    config,
+    ["--config.sampling.recompute=None", "--config.sampling.context_told=none"],
+  )
+  assert config.sampling.recompute is None
+  assert config.sampling.context_told is None
+  # A bank of another shape in a stage that has none of its own.
+  config.stage.resampling_forcing.history = "error_bank"
+  config.stage.teacher_forcing.bank.size = 99
+  config_lib.check(config)
+
+
 @pytest.mark.parametrize(
   ("body", "said"),
   [
@@ -230,7 +320,7 @@ def test_a_mistake_in_a_file(file, body, said):
   [
     "model", "data", "loss", "optimizer", "mesh", "log", "sampling",
     "evaluation", "stage.teacher_forcing",
-    "stage.resampling_forcing.resampling",
+    "stage.resampling_forcing.degradation",
   ],
 )  # fmt: skip
 def test_a_file_cannot_invent_a_field(file, place):

@@ -15,7 +15,7 @@ from avd_jax.errors import UserError
 from avd_jax.models import denoiser as denoiser_lib
 from avd_jax.models import dit
 from avd_jax.models.attention import AttentionConfig
-from avd_jax.typing import Batch, History
+from avd_jax.typing import Batch, History, StepContext
 
 NULL = jnp.zeros(4, jnp.int32)
 # v = 0: a resampled chunk is then x_{t_s} itself, and shows its level.
@@ -66,7 +66,7 @@ def read(options, b=3, f=5, key=0):
 @pytest.mark.parametrize("prefix", [0, 2])
 def test_self_resampling_is_equation_5_by_hand(steps, prefix, tell):
   """Each chunk from its own x_{t_s}, on top of the degraded ones before it."""
-  options = histories.Resampling(steps=steps, clean_prefix=prefix, tell=tell)
+  options = histories.Degradation(steps=steps, clean_prefix=prefix, tell=tell)
   level, noise = read(options)
   x, text = linear.batch(3, 5, 2)
   history = make(options, linear.params(), x, text)
@@ -87,7 +87,7 @@ def test_self_resampling_is_equation_5_by_hand(steps, prefix, tell):
 
 
 def test_levels_are_one_per_video_and_noise_one_per_chunk():
-  level, noise = read(histories.Resampling(clean_prefix=0), b=64, f=5)
+  level, noise = read(histories.Degradation(clean_prefix=0), b=64, f=5)
   level, noise = level[:, :4], noise[:, :4]
   np.testing.assert_allclose(level, level[:, :1].repeat(4, 1), atol=1e-5)
   assert len(np.unique(level[:, 0].round(5))) == 64
@@ -100,7 +100,7 @@ def test_levels_are_one_per_video_and_noise_one_per_chunk():
 
 @pytest.mark.parametrize("shift", [0.6, 0.1])
 def test_levels_have_the_papers_distribution(shift):
-  level, _ = read(histories.Resampling(shift=shift, clean_prefix=0), 512, 2)
+  level, _ = read(histories.Degradation(shift=shift, clean_prefix=0), 512, 2)
   level = level[:, :1]
   z = np.log(level / (1 - level)) - np.log(shift)
   assert scipy.stats.kstest(z.ravel(), "norm").pvalue > 0.01
@@ -109,11 +109,29 @@ def test_levels_have_the_papers_distribution(shift):
 def test_other_keys_draw_other_histories():
   x, text = linear.batch()
   one, same, other = (
-    make(histories.Resampling(), linear.params(), x, text, key).x
+    make(histories.Degradation(), linear.params(), x, text, key).x
     for key in (1, 1, 2)
   )
   np.testing.assert_array_equal(one, same)
   assert np.abs(one - other).max() > 1e-2
+
+
+def test_given_chunks_stay_as_they_are():
+  """A drifted prefix is context as it is, whatever the history."""
+  x, text = linear.batch(3, 5)
+  given, key = jnp.array([0, 2, 4]), jax.random.key(0)
+  options = histories.Degradation(clean_prefix=1)
+  for maker in (
+    histories.noise_augmented,
+    histories.parallel_resampled,
+    histories.self_resampled,
+  ):
+    make = jax.jit(maker(linear.denoiser(), options))
+    h = make(linear.params(), x, text, key, StepContext(given=given))
+    same = np.asarray((h.x == x).all((2, 3, 4)))
+    kept = np.maximum(given, 1)[:, None]
+    expected = (np.arange(5) < kept) | (np.arange(5) == 4)
+    np.testing.assert_array_equal(same, expected)
 
 
 # --- what stays clean --------------------------------------------------------
@@ -130,20 +148,20 @@ def clean_chunks(options, b=256, f=6, key=0):
 
 @pytest.mark.parametrize("prefix", [0, 1, 4])
 def test_clean_prefix_stays_as_given(prefix):
-  clean, _ = clean_chunks(histories.Resampling(clean_prefix=prefix))
+  clean, _ = clean_chunks(histories.Degradation(clean_prefix=prefix))
   np.testing.assert_array_equal(clean, [np.arange(6) < prefix] * 256)
 
 
 @pytest.mark.parametrize("prefix", [6, 9])
 def test_a_prefix_of_everything_is_teacher_forcing(prefix):
-  clean, h = clean_chunks(histories.Resampling(clean_prefix=prefix))
+  clean, h = clean_chunks(histories.Degradation(clean_prefix=prefix))
   assert clean.all()
   assert not np.any(h.t)
 
 
 @pytest.mark.parametrize("least", [0, 2])
 def test_random_prefix_is_uniform_from_the_least_on(least):
-  options = histories.Resampling(random_prefix=True, clean_prefix=least)
+  options = histories.Degradation(random_prefix=True, clean_prefix=least)
   clean, _ = clean_chunks(options)
   length = clean.sum(1)
   np.testing.assert_array_equal(clean, np.arange(6) < length[:, None])
@@ -154,7 +172,7 @@ def test_random_prefix_is_uniform_from_the_least_on(least):
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_share_is_of_whole_videos(share):
-  clean, _ = clean_chunks(histories.Resampling(share=share))
+  clean, _ = clean_chunks(histories.Degradation(share=share))
   whole = clean.all(1)
   assert (clean[~whole].sum(1) == 1).all()
   degraded = (~whole).sum()
@@ -162,11 +180,11 @@ def test_share_is_of_whole_videos(share):
 
 
 def test_tell_tells_the_level_of_degraded_chunks_only():
-  clean, h = clean_chunks(histories.Resampling(tell=True, share=0.5), b=32)
+  clean, h = clean_chunks(histories.Degradation(tell=True, share=0.5), b=32)
   told = np.asarray(h.t)
   assert (told[clean] == 0).all()
   assert (told[~clean] > 0).all()
-  assert not np.any(clean_chunks(histories.Resampling(), b=4)[1].t)
+  assert not np.any(clean_chunks(histories.Degradation(), b=4)[1].t)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +201,7 @@ def test_tell_tells_the_level_of_degraded_chunks_only():
 def test_impossible_options_are_refused(bad):
   ((name, value),) = bad.items()
   with pytest.raises(UserError, match=f"{name} {value}"):
-    histories.Resampling(**bad)
+    histories.Degradation(**bad)
 
 
 # --- the loss ----------------------------------------------------------------
@@ -203,7 +221,8 @@ def test_loss_is_equation_4_by_hand():
   loss_fn = loss_of(
     spied, histories.ground_truth(spied), text_dropout=0.0, skip_chunks=1
   )
-  loss, metrics = loss_fn(linear.params(), Batch(x, text), jax.random.key(3))
+  key = jax.random.key(3)
+  loss, (metrics, _) = loss_fn(linear.params(), Batch(x, text), key)
   x64, x_t, t = (np.asarray(z, np.float64) for z in (x, seen["x_t"], seen["t"]))
   assert t.shape == (2, 2)
   assert len(np.unique(t)) == 4  # an independent level per chunk
@@ -239,7 +258,7 @@ def test_targets_stay_clean_under_a_degraded_history():
     )
   ]
   assert losses[0][0] == losses[1][0]
-  assert losses[1][1]["history_error"] > 0.01
+  assert losses[1][1][0]["history_error"] > 0.01
 
 
 @pytest.mark.parametrize(
@@ -251,7 +270,7 @@ def test_no_degradation_is_teacher_forcing_exactly(options):
   x, text = linear.batch()
   denoiser = linear.denoiser()
   resampled = histories.self_resampled(
-    denoiser, histories.Resampling(**options)
+    denoiser, histories.Degradation(**options)
   )
   (forced, ours) = (
     jax.jit(jax.value_and_grad(loss_of(denoiser, history), has_aux=True))(
@@ -267,7 +286,7 @@ def test_no_gradient_passes_through_the_rollout(detached):
   """The gradient is that of the loss with the history as a constant."""
   x, text = linear.batch()
   denoiser, params = linear.denoiser(), linear.params()
-  options = histories.Resampling(detached=detached)
+  options = histories.Degradation(detached=detached)
   live = jax.jit(histories.self_resampled(denoiser, options))
   key = jax.random.key(0)
   caught = []
@@ -278,7 +297,7 @@ def test_no_gradient_passes_through_the_rollout(detached):
 
   # Recorded outside of the gradient, so that it is made of constants.
   loss_of(denoiser, recording)(params, Batch(x, text), key)
-  frozen = lambda params, x, text, key: caught[0]
+  frozen = lambda *args: caught[0]
   live_grad, frozen_grad = (
     jax.jit(jax.grad(loss_of(denoiser, h), has_aux=True))(
       params, Batch(x, text), key
@@ -318,7 +337,7 @@ def test_a_detached_cache_changes_the_gradient_alone():
   )
   losses, gradients = [], []
   for detached in (False, True):
-    options = histories.Resampling(detached=detached, tell=True)
+    options = histories.Degradation(detached=detached, tell=True)
     loss_fn = loss_of(denoiser, histories.self_resampled(denoiser, options))
     (loss, _), gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(
       params, Batch(x, text), jax.random.key(0)
@@ -339,13 +358,13 @@ def test_a_resampler_s_weights_make_the_history():
   average = linear.params(own=-0.5)
   seen = []
 
-  def spy(params, x, text, key):
+  def spy(params, x, text, key, context):
     seen.append(params)
     return History(x, jnp.zeros(x.shape[:2]))
 
-  loss_fn = loss_of(denoiser, spy)
-  loss_fn(params, Batch(x, text), jax.random.key(0))
-  loss_fn(params, Batch(x, text), jax.random.key(0), average)
+  for resampler in ("online", "ema"):
+    loss_fn = loss_of(denoiser, spy, resampler=resampler)
+    loss_fn(params, Batch(x, text), jax.random.key(0), StepContext(average))
   assert seen[0] is params
   assert seen[1] is average
 
@@ -363,7 +382,7 @@ def test_dropped_text_reaches_the_history_too():
   """One condition a video: a model is never told two things at once."""
   seen = []
 
-  def spy(params, x, text, key):
+  def spy(params, x, text, key, context):
     seen.append(text)
     return History(x, jnp.zeros(x.shape[:2]))
 

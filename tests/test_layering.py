@@ -24,6 +24,7 @@ ROWS = (
   ("algorithms",),
   ("config",),
   ("training", "sampling", "evaluation"),
+  ("bagger",),
   ("studies",),
   ("aot",),
   ("cli",),

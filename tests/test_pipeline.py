@@ -31,7 +31,8 @@ class Draws:
     return self.clip(index, np.random.default_rng(index))
 
   def clip(self, index, rng):
-    return {"video": np.array([index, rng.random()]), "caption": ""}
+    video = np.array([index, rng.random()])
+    return {"video": video, "caption": "", "given": index % 3}
 
 
 def first(iterator, count):
@@ -45,6 +46,7 @@ def assert_same(batches, others):
   for batch, other in zip(batches, others, strict=True):
     np.testing.assert_array_equal(batch.x, other.x)
     np.testing.assert_array_equal(batch.text, other.text)
+    np.testing.assert_array_equal(batch.given, other.given)
 
 
 def test_batches_are_what_a_step_eats():
@@ -57,6 +59,8 @@ def test_batches_are_what_a_step_eats():
   assert batch.text.shape == (8, 32)
   assert batch.text.dtype == np.int32
   assert captions.decode_bytes(batch.text[3]) == "one ball on a dark background"
+  assert batch.given.dtype == np.int32
+  assert batch.given.tolist() == [0] * 8
   whole = {source[i]["video"].tobytes() for i in range(23)}
   assert all(x.tobytes() in whole for x in batch.x)
 
@@ -80,6 +84,14 @@ def test_an_epoch_holds_every_record_once_and_the_next_differs():
   assert len(orders) == 3
   # A record's clip is drawn anew each time it comes up.
   assert len(set(stream[:, 1])) == len(stream)
+
+
+def test_what_a_record_is_given_comes_with_it():
+  for batch in first(pipeline.batches(WORLDS, Draws()), 3):
+    assert batch.given.dtype == np.int32
+    np.testing.assert_array_equal(batch.given, batch.x[:, 0] % 3)
+  batch, _ = pipeline.fixed_batch(WORLDS, Draws(), [1, 5])
+  assert batch.given.tolist() == [1, 2]
 
 
 def test_seeds_give_other_orders_and_other_clips():
@@ -276,6 +288,7 @@ def test_impossible_shares_are_refused_at_once(arguments, says):
     {"batch_size": 0},
     {"num_workers": -1},
     {"stride": 0},
+    {"aggregate_rounds": -1},
     {"seed": -1},
     {"seed": 1 << 32},
     {"fps": 0.0},

@@ -72,7 +72,8 @@ def sampler():
 def by_hand(sampler, given, text, frames, seed):
   """The video of a plain loop over the cached face, solvers written out.
 
-  Guidance is two models side by side, each with a cache of its own.
+  Guidance is two models side by side, each with a cache of its own. What is
+  made enters the caches noised, fresh ones too; what is given never is.
   """
   denoiser = denoiser_lib.make(sampler.model)
   options, size = sampler.config.sampling, sampler.model.chunk_frames
@@ -81,7 +82,9 @@ def by_hand(sampler, given, text, frames, seed):
   call = jax.jit(functools.partial(denoiser.cached, sampler.params))
   shape = (len(given), size, *given.shape[2:])
   like = jax.ShapeDtypeStruct(shape, jnp.float32)
-  caches = [denoiser.init_cache(like, frames // size) for _ in scales]
+  fresh = lambda: [denoiser.init_cache(like, frames // size) for _ in scales]
+  noised, told = options.context_noise, options.context_told
+  caches, place = fresh(), 0
 
   def velocity(x, t, chunk):
     total, level = 0.0, jnp.full(len(x), t, jnp.float32)
@@ -91,19 +94,29 @@ def by_hand(sampler, given, text, frames, seed):
     return total
 
   grid = solvers.time_grid(options.steps, options.shift)
-  chunks = []
+  chunks, remembered = [], []
   for chunk in range(frames // size):
-    x = given[:, chunk * size : (chunk + 1) * size]
+    if place == options.recompute:
+      caches, place = fresh(), 0
+      for x, level in remembered[-options.recompute_keep :]:
+        velocity(x, level, place)
+        place += 1
+    x, seen, level = given[:, chunk * size : (chunk + 1) * size], None, 0.0
     if not x.shape[1]:
       key = jax.random.fold_in(jax.random.key(seed), chunk)
       x = jax.random.normal(key, shape)
       for t, then in itertools.pairwise(grid):
-        v = velocity(x, t, chunk)
+        v = velocity(x, t, place)
         if options.solver == "heun":
-          v = (v + velocity(x + (then - t) * v, then, chunk)) / 2
+          v = (v + velocity(x + (then - t) * v, then, place)) / 2
         x = x + (then - t) * v
-    velocity(x, 0.0, chunk)
+      _, key = jax.random.split(jax.random.fold_in(key, 1))
+      seen = (1 - noised) * x + noised * jax.random.normal(key, shape)
+      level = noised if told is None else told
+    remembered.append((x if seen is None else seen, level))
+    velocity(*remembered[-1], place)
     chunks.append(np.asarray(x))
+    place += 1
   return np.concatenate(chunks, 1)
 
 

@@ -12,23 +12,33 @@ import pytest
 from avd_jax import config as config_lib
 from avd_jax.training import metrics, optim
 from avd_jax.training.state import create
-from avd_jax.training.step import make_step
-from avd_jax.typing import Batch
+from avd_jax.training.step import Schedule, make_step
+from avd_jax.typing import Batch, StepContext
 
 
-def quadratic(params, batch, key, resampler=None):
+def quadratic(params, batch, key, context):
   """Deterministic in the key; its gradient is linear in the batch."""
   loss = jnp.mean((batch.x @ params["w"] - batch.text) ** 2)
-  draw = jax.random.uniform(key)
-  used = params if resampler is None else resampler
-  return loss, {"loss": loss, "draw": draw, "used": used["w"][0, 0]}
+  found = {
+    "loss": loss,
+    "draw": jax.random.uniform(key),
+    "ema": context.ema["w"][0, 0],
+    "ramp": context.ramp,
+  }
+  return loss, (found, {"calls": context.memory["calls"] + 1})
+
+
+def at(rate, ramp=1.0):
+  return Schedule(rate, ramp)
 
 
 def plain_step(batch=None, **options):
   tx = optax.sgd(1.0)
   step = make_step(quadratic, tx, ema_decay=0.75, **options)
   params = {"w": jnp.linspace(-1, 1, 12).reshape(4, 3)}
-  return jax.jit(step), create(params, tx, jnp.uint32(7))
+  return jax.jit(step), create(
+    params, tx, {"calls": jnp.int32(0)}, jnp.uint32(7)
+  )
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +54,8 @@ def test_accumulated_gradients_are_the_big_batch_s(regression, accumulation):
   step, state = plain_step()
   many, _ = plain_step(accumulation=accumulation)
   for _ in range(2):
-    big, found = step(state, regression, 0.1)
-    small, found_small = many(state, regression, 0.1)
+    big, found = step(state, regression, at(0.1))
+    small, found_small = many(state, regression, at(0.1))
     np.testing.assert_allclose(big.params["w"], small.params["w"], atol=1e-6)
     np.testing.assert_allclose(big.ema["w"], small.ema["w"], atol=1e-6)
     for name in ("loss", "grad_norm"):
@@ -55,7 +65,7 @@ def test_accumulated_gradients_are_the_big_batch_s(regression, accumulation):
 
 def test_microbatches_draw_their_own_randomness(regression):
   many, state = plain_step(accumulation=2)
-  _, found = many(state, regression, 0.1)
+  _, found = many(state, regression, at(0.1))
   key = jax.random.fold_in(jax.random.key(7), 0)
   draws = [jax.random.uniform(k) for k in jax.random.split(key, 2)]
   assert abs(draws[0] - draws[1]) > 1e-3
@@ -64,7 +74,7 @@ def test_microbatches_draw_their_own_randomness(regression):
 
 def test_randomness_is_the_seed_and_the_step(regression):
   step, state = plain_step()
-  draw = lambda s: step(s, regression, 0.1)[1]["draw"]
+  draw = lambda s: step(s, regression, at(0.1))[1]["draw"]
   assert draw(state) == draw(state)
   assert draw(state) != draw(state._replace(step=state.step + 1))
   assert draw(state) != draw(state._replace(seed=jnp.uint32(8)))
@@ -73,10 +83,11 @@ def test_randomness_is_the_seed_and_the_step(regression):
 def test_ema_and_rate_by_hand(regression):
   step, state = plain_step()
   ema = np.asarray(state.ema["w"])
-  grad = jax.grad(lambda p: quadratic(p, regression, jax.random.key(0))[0])
+  key, context = jax.random.key(0), StepContext(state.ema, state.memory)
+  grad = jax.grad(lambda p: quadratic(p, regression, key, context)[0])
   for count in range(3):
     w = state.params["w"] - 0.1 * grad(state.params)["w"]
-    state, found = step(state, regression, 0.1)
+    state, found = step(state, regression, at(0.1))
     np.testing.assert_allclose(state.params["w"], w, atol=1e-6)
     ema = 0.75 * ema + 0.25 * np.asarray(w)
     np.testing.assert_allclose(state.ema["w"], ema, atol=1e-6)
@@ -85,15 +96,26 @@ def test_ema_and_rate_by_hand(regression):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("resampler", ["online", "ema"])
-def test_histories_are_made_with_the_weights_asked_for(
-  regression, resampler, accumulation
+def test_losses_are_told_of_the_average_the_memory_and_the_ramp(
+  regression, accumulation
 ):
-  step, state = plain_step(resampler=resampler, accumulation=accumulation)
+  step, state = plain_step(accumulation=accumulation)
   state = state._replace(ema={"w": state.params["w"] + 5})
-  _, found = step(state, regression, 0.1)
-  expected = -1.0 if resampler == "online" else 4.0
-  np.testing.assert_allclose(found["used"], expected)
+  for calls in (1, 2):
+    ema = state.ema["w"][0, 0]
+    state, found = step(state, regression, at(0.1, 0.25))
+    np.testing.assert_allclose(found["ema"], ema, rtol=1e-6)
+    np.testing.assert_allclose(found["ramp"], 0.25)
+    # What one microbatch remembers, the next one knows.
+    assert state.memory["calls"] == calls * accumulation
+
+
+def test_a_curriculum_rises_over_its_steps():
+  stage = config_lib.stage("self_resampled", 20)
+  assert [optim.ramp(stage, step) for step in (0, 9)] == [1.0, 1.0]
+  stage.degradation.ramp_steps = 4
+  ramps = [optim.ramp(stage, step) for step in range(6)]
+  assert ramps == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -19,6 +19,7 @@ from avd_jax.errors import UserError
 from avd_jax.training import loop, optim
 from avd_jax.training.program import Program
 from avd_jax.training.state import TrainState
+from avd_jax.training.step import Schedule
 
 STAGES = ("teacher_forcing", "resampling_forcing")
 ONE = (1, 1, 1, 1)
@@ -92,6 +93,10 @@ def whole(tmp_path_factory, programs):
   return workdir, final
 
 
+def at(rate):
+  return Schedule(np.float32(rate), np.float32(1.0))
+
+
 # --- the run -----------------------------------------------------------------
 
 
@@ -105,12 +110,12 @@ def test_a_run_is_its_steps_one_after_another(whole, programs):
   state, logged = program.init(), []
   for name in STAGES:
     if name == STAGES[1]:
-      state = program.begin_stage(state)
+      state = program.begin_stage(state, name)
     launch = program.step(name)
     for step in range(5):
       rate = optim.learning_rate(config.stage[name], step)
       batch = parallel.put_batch(next(batches), program.mesh)
-      rate = jax.device_put(np.float32(rate))
+      rate = jax.device_put(at(rate))
       # A step asks nothing of the host: no constant, no result.
       with jax.transfer_guard("disallow"):
         state, found = launch(state, batch, rate)
@@ -251,7 +256,7 @@ def test_the_host_never_waits_for_the_step_it_launched(tmp_path, monkeypatch):
     clock["launched"] += 1
     return state, {"loss": Late(clock["launched"], clock)}
 
-  monkeypatch.setattr(Program, "step", lambda self, name: launch)
+  monkeypatch.setattr(Program, "step", lambda self, name, local: launch)
   config = tiny(checkpoint_every=100)
   config.stage.teacher_forcing.steps = 15
   config.stages = STAGES[:1]
@@ -269,13 +274,13 @@ def test_the_host_never_waits_for_the_step_it_launched(tmp_path, monkeypatch):
 def test_a_stage_starts_with_a_fresh_optimizer(whole, programs):
   _, final = whole
   program = programs(tiny(), mesh())
-  state = program.begin_stage(final)
+  state = program.begin_stage(final, STAGES[1])
   moments = [np.abs(x).max() for x in jax.tree.leaves(state.optimizer)]
   assert not any(moments)
   assert max(np.abs(x).max() for x in jax.tree.leaves(final.optimizer)) > 0
   for field in ("step", "params", "ema", "seed"):
     equal(getattr(state, field), getattr(final, field))
-  given = program.begin_stage(state, params=final.ema)
+  given = program.begin_stage(state, STAGES[1], final.ema)
   equal(given.params, final.ema)
   equal(given.ema, final.ema)
   assert given.step == 10
@@ -336,7 +341,7 @@ def test_the_loss_falls(programs, name):
   state, losses = program.init(), []
   step = program.step(name)
   for _ in range(80):
-    state, found = step(state, batch, np.float32(0.02))
+    state, found = step(state, batch, at(0.02))
     losses.append(found["loss"])
   losses = np.array(jax.device_get(losses))
   assert losses[-20:].mean() < 0.5 * losses[:5].mean()
@@ -354,7 +359,7 @@ def two_steps(program, stage):
   step = program.step(stage)
   for _ in range(2):
     batch = parallel.put_batch(next(batches), program.mesh)
-    state, found = step(state, batch, np.float32(1e-3))
+    state, found = step(state, batch, at(1e-3))
     losses.append(float(found["loss"]))
   batches.close()
   return losses, state

@@ -1,4 +1,4 @@
-"""Compile check: do kernels and layers still compile for GPUs and TPUs?
+"""Compile check: kernels and layers, for GPUs and TPUs.
 
   avd compile-check                            all, as `make compile-check` does
   avd compile-check --target h100 v5e --only layer --json check.json

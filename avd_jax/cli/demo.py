@@ -1,4 +1,4 @@
-"""Run the demo: teacher forcing against resampling forcing, on drift.
+"""Run the demo: two ways of training, and how they drift.
 
   avd demo
   avd demo --workdir runs/demo3 --seeds 3

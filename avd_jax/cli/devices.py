@@ -34,7 +34,8 @@ def start(several: bool = False) -> None:
   given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
   if given and not several:
     raise UserError(
-      f"only `avd train` runs as several processes; unset {', '.join(given)}"
+      "only `avd train` and `avd bagger` run as several processes; unset"
+      f" {', '.join(given)}"
     )
   if not given:
     if several and int(os.environ.get("SLURM_NTASKS", "1")) > 1:

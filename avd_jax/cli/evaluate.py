@@ -1,4 +1,4 @@
-"""Evaluate a trained run: roll out from real first frames, measure the drift.
+"""Evaluate a trained run: roll out, measure the drift.
 
   avd evaluate --workdir runs/x
   avd evaluate --workdir runs/x --videos 16 --frames 200

@@ -1,4 +1,4 @@
-"""Inspect a trained run: which chunks of history its queries choose.
+"""Inspect a trained run: which chunks its queries choose.
 
   avd inspect routing --workdir runs/x
   avd inspect routing --workdir runs/x --top_k 1 3 5 --descriptor rotated raw

@@ -9,8 +9,10 @@ from avd_jax.errors import UserError
 COMMANDS = (
   "demo",
   "train",
+  "bagger",
   "sample",
   "evaluate",
+  "study",
   "inspect",
   "bench",
   "compile-check",
@@ -24,8 +26,7 @@ how much they do.
   avd train --config configs/worlds_tiny.py --workdir runs/x
   avd sample --workdir runs/x --out clip.mp4
   avd evaluate --workdir runs/x
-  avd inspect routing --workdir runs/x
-  avd bench step
+  avd study strategies --workdir runs/studies
 """
 
 

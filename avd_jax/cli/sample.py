@@ -1,4 +1,4 @@
-"""Sample a video from a trained run: from nothing, or continuing real frames.
+"""Sample a video, from nothing or from real frames.
 
   avd sample --workdir runs/x --out clip.mp4
   avd sample --workdir runs/x --out clip.mp4 --frames 200 --given 4 --seed 7

@@ -1,4 +1,4 @@
-"""Train a model: every stage of a config, resuming what the workdir holds.
+"""Train a model; resumes what the workdir holds.
 
   avd train --config configs/worlds_tiny.py --workdir runs/x
   avd train --config configs/video_tiny.py --config.data.path=my_videos \\

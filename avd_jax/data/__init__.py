@@ -2,6 +2,7 @@
 pipeline that turns any of them into batches, sharded and resumable.
 
 `worlds` draws, `video` reads and writes files, `sources` gives both and TFDS
-one face (`len`, `clip`), `captions` makes tokens of text, `pipeline` makes
-batches of a source.
+one face (`len`, `clip`), `captions` makes tokens of text, `codec` turns pixels
+into what a model sees and back, `aggregate` stores trajectories, `pipeline`
+makes batches of a source.
 """

@@ -28,7 +28,8 @@ class Source(Protocol):
 
   `source[i]` is a fixed video of record i, for evaluation; `clip(i, rng)` is
   one drawn by `rng`, for training. Both are dictionaries with `video`, float32
-  [f, h, w, 3] in [-1, 1], and `caption`, str.
+  [f, h, w, 3] in [-1, 1], and `caption`, str; `given`, where there is one, is
+  how many first chunks are context without loss.
   """
 
   def __len__(self) -> int: ...
@@ -63,9 +64,13 @@ class DataConfig:
     split, eval_split: TFDS splits for training and evaluation.
     video_key, caption_key: TFDS features, "/" for nested ones; caption_key ""
       leaves captions empty.
+    aggregate: directory of a store of trajectories (see aggregate) that are
+      mixed into the training split; "" for none.
+    aggregate_rounds: rounds of it that are read: 1 to this one.
+    aggregate_prefix: first chunks of a trajectory's clip without loss.
     num_videos: different training worlds; a world is drawn when asked for.
-    num_balls, radius, speed, background_low, background_high, caption_detail:
-      see worlds.WorldConfig.
+    kind, num_balls, radius, speed, background_low, background_high,
+      caption_detail: see worlds.WorldConfig.
 
   Raises:
     UserError: a value outside its range.
@@ -90,7 +95,11 @@ class DataConfig:
   eval_split: str = "test"
   video_key: str = "video"
   caption_key: str = ""
+  aggregate: str = ""
+  aggregate_rounds: int = 0
+  aggregate_prefix: int = 0
   num_videos: int = 1 << 20
+  kind: str = "balls"
   num_balls: int = 1
   radius: float = 2.0
   speed: float = 1.25
@@ -112,6 +121,8 @@ class DataConfig:
       ("stride", 1),
       ("eval_files", 0),
       ("cache_mb", 0),
+      ("aggregate_rounds", 0),
+      ("aggregate_prefix", 0),
       ("num_videos", 1),
     ):
       value = getattr(self, field)
@@ -140,7 +151,7 @@ def make_source(cfg: DataConfig, split: str = "train") -> Source:
   """Opens the source of a config.
 
   The splits share no video: worlds draw from another stream, folders hold out
-  `eval_files`, TFDS reads `eval_split`.
+  `eval_files`, TFDS reads `eval_split`. Trajectories are for training alone.
 
   Args:
     cfg: which source.
@@ -155,6 +166,16 @@ def make_source(cfg: DataConfig, split: str = "train") -> Source:
   """
   if split not in ("train", "eval"):
     raise UserError(f"split={split!r}: give 'train' or 'eval'")
+  if not cfg.aggregate or split == "eval":
+    return _make_source(cfg, split)
+  from avd_jax.data import aggregate
+
+  rounds, given = cfg.aggregate_rounds, cfg.aggregate_prefix
+  trajectories = aggregate.Aggregate(cfg.aggregate, rounds, cfg.frames, given)
+  return aggregate.Mixed(_make_source(cfg, split), trajectories)
+
+
+def _make_source(cfg: DataConfig, split: str) -> Source:
   if cfg.source == "worlds":
     stream = worlds.TRAIN if split == "train" else worlds.EVAL
     source = worlds.World(
@@ -208,6 +229,7 @@ class _SampleClip(grain.transforms.RandomMap):
     return Batch(
       x=record["video"],
       text=captions.encode_bytes(record["caption"], self.text_length),
+      given=np.int32(record.get("given", 0)),
     )
 
 
@@ -232,7 +254,7 @@ def batches(
 
   Returns:
     An iterator of numpy Batches, this process's share: x float32 [b, f, h, w,
-    c], text int32 [b, m], b = batch_size / process_count.
+    c], text int32 [b, m], given int32 [b], b = batch_size / process_count.
 
   Raises:
     UserError: a batch size that the processes cannot share equally.
@@ -260,7 +282,8 @@ def batches(
   shares = stream.batch(cfg.batch_size // process_count, drop_remainder=True)
   dataset = shares[start_step * process_count + process_index :: process_count]
   # Drawing a world never waits: a second thread would only fight for the lock.
-  threads = 1 if isinstance(source, worlds.World) else cfg.num_threads
+  drawn = isinstance(getattr(source, "seed", source), worlds.World)
+  threads = 1 if drawn else cfg.num_threads
   dataset = dataset.to_iter_dataset(
     grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)
   )
@@ -294,9 +317,9 @@ def fixed_batch(
     indices: which records, b of them.
 
   Returns:
-    The Batch, x float32 [b, f, h, w, c] and text int32 [b, m]; and the truth of
-    a world (World's `state`, each leaf with a leading b), None for any other
-    source.
+    The Batch, x float32 [b, f, h, w, c], text int32 [b, m] and given int32 [b];
+    and the truth of a world (World's `state`, each leaf with a leading b), None
+    for any other source.
   """
   records = [source[i] for i in indices]
   batch = Batch(
@@ -304,6 +327,7 @@ def fixed_batch(
     text=np.stack(
       [captions.encode_bytes(r["caption"], cfg.text_length) for r in records]
     ),
+    given=np.array([r.get("given", 0) for r in records], np.int32),
   )
   if "state" not in records[0]:
     return batch, None

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from avd_jax.diffusion import solvers
+from avd_jax.diffusion.flow_matching import interpolate
+from avd_jax.errors import UserError
 from avd_jax.typing import Denoiser, Params, Text
 
 
@@ -35,6 +37,32 @@ def join_chunks(x: Float[Array, "n b g *s"]) -> Float[Array, "b f *s"]:
   return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
+def remember(
+  denoiser: Denoiser,
+  params: Params,
+  x: Float[Array, "b g h w c"],
+  t: Float[Array, "b"],
+  text: Text,
+  cache: Any,
+  chunk: Int[Array, ""],
+) -> Any:
+  """Takes a finished chunk into the cache, told to be at level t."""
+  if denoiser.remember is not None:
+    return denoiser.remember(params, x, t, text, cache, chunk)
+  return denoiser.cached(params, x, t, text, cache, chunk)[1]
+
+
+def as_context(
+  x: Float[Array, "b g h w c"], key: Array, level: float
+) -> Float[Array, "b g h w c"]:
+  """A finished chunk as its successors see it: noised to a level."""
+  if not level:
+    return x
+  # The chunk's solver has the first half of its key.
+  noise = jax.random.normal(jax.random.split(key)[1], x.shape, x.dtype)
+  return interpolate(x, noise, jnp.float32(level))
+
+
 def rollout(
   denoiser: Denoiser,
   params: Params,
@@ -48,6 +76,8 @@ def rollout(
   first_chunk: Int[Array, ""] | int = 0,
   keep: tuple[Bool[Array, "b n"], Float[Array, "b f h w c"]] | None = None,
   told: Float[Array, "b n"] | None = None,
+  context_noise: float = 0.0,
+  keys: Array | None = None,
 ) -> tuple[Float[Array, "b f h w c"], Any]:
   """Makes chunks first_chunk, first_chunk + 1, ... one after another.
 
@@ -59,33 +89,46 @@ def rollout(
     text: the condition.
     cache: holds the chunks before first_chunk.
     grid: levels from 1 to 0, as fractions of t_start (`solvers.time_grid`).
-    solver: "euler" or "heun".
+    solver: one of `solvers.SOLVERS`.
     first_chunk: absolute index of the first chunk in `start`.
     keep: (which, values): chunks that are given, not made.
     told: the level at which finished chunks enter the cache; 0 if None.
+    context_noise: level to which a finished chunk is noised on its way into
+      the cache; what is returned stays clean.
+    keys: [n], of that noise and the solver's, one a chunk.
 
   Returns:
-    (the chunks, the cache that now holds them). [RF Eq. 1]
+    (the chunks, the cache that now holds them).
+
+  Raises:
+    UserError: an unknown solver, or no keys where noise is drawn.
+
+  [RF Eq. 1]
   """
   n = t_start.shape[1]
   split = lambda x: split_chunks(x, denoiser.chunk_frames)
   told = jnp.zeros_like(t_start) if told is None else told
+  if context_noise and keys is None:
+    raise UserError(f"context_noise {context_noise} is drawn: give keys")
   inputs = (
     first_chunk + jnp.arange(n),
     split(start),
     t_start.T,
     told.T,
+    keys,
     None if keep is None else (keep[0].T, split(keep[1])),
   )
 
   def chunk_step(cache, inputs):
-    chunk, x, t, told, kept = inputs
+    chunk, x, t, told, key, kept = inputs
+    solver_key = None if key is None else jax.random.split(key)[0]
     call = lambda x, t, cache: denoiser.cached(params, x, t, text, cache, chunk)
-    x, cache = solvers.solve(call, x, t, grid, cache, solver)
+    x, cache = solvers.solve(call, x, t, grid, cache, solver, solver_key)
     if kept is not None:
       which, value = kept
       x = jnp.where(which.reshape(-1, *(1,) * (x.ndim - 1)), value, x)
-    _, cache = call(x, told, cache)
+    seen = x if key is None else as_context(x, key, context_noise)
+    cache = remember(denoiser, params, seen, told, text, cache, chunk)
     return cache, x
 
   cache, x = jax.lax.scan(chunk_step, cache, inputs)
@@ -100,14 +143,25 @@ def prefill(
   cache: Any,
   *,
   first_chunk: Int[Array, ""] | int = 0,
+  told: Float[Array, "b n"] | None = None,
 ) -> Any:
-  """The cache after given chunks: one clean pass a chunk, nothing solved."""
+  """The cache after given chunks: one pass a chunk, nothing solved.
+
+  Args:
+    denoiser: the model.
+    params: its parameters.
+    x: the chunks.
+    text: the condition.
+    cache: holds the chunks before first_chunk.
+    first_chunk: absolute index of the first chunk in `x`.
+    told: the level at which each enters the cache; 0 if None.
+  """
 
   def chunk_step(cache, inputs):
-    chunk, x = inputs
-    t = jnp.zeros(x.shape[0])
-    return denoiser.cached(params, x, t, text, cache, chunk)[1], None
+    chunk, x, t = inputs
+    return remember(denoiser, params, x, t, text, cache, chunk), None
 
   chunks = split_chunks(x, denoiser.chunk_frames)
   index = first_chunk + jnp.arange(chunks.shape[0])
-  return jax.lax.scan(chunk_step, cache, (index, chunks))[0]
+  told = jnp.zeros((x.shape[0], len(index))) if told is None else told
+  return jax.lax.scan(chunk_step, cache, (index, chunks, told.T))[0]

@@ -29,11 +29,12 @@ HORIZONS = (1, 2, 4, 8)
 # Finer than 8 bits can show (59 dB); keeps an exact frame finite.
 _PSNR_FLOOR = 1e-6
 # What a frame with a value that is not a number counts as: the worst.
-_WORST = {
+WORST = {
   "off_manifold": 4.0,
   "broken": 1.0,
   "object_share": 0.0,
   "failed": 1.0,
+  "violation": 1.0,
   "background_error": 3**0.5,
   "hue_error": 0.5,
   "flicker": 1.0,
@@ -48,6 +49,8 @@ _THIRDS = (
   "background_error",
   "hue_error",
   "flicker",
+  "violation",
+  "state_error",
 )
 
 FrameMetrics = dict[str, np.ndarray]
@@ -102,7 +105,7 @@ def frame_metrics(
     UserError: shapes that do not belong together, or more than 4 balls.
   """
   video, truth_video = np.asarray(video), np.asarray(truth_video)
-  _check(video, truth_video, world_config)
+  check(video, truth_video, world_config)
   finite = np.all(np.isfinite(video), axis=(2, 3, 4))
   video = np.where(finite[..., None, None, None], video, 0).clip(-1, 1)
   b, f = video.shape[:2]
@@ -126,7 +129,6 @@ def frame_metrics(
   background = by_frame(fit.background)
   true_background = np.asarray(state["background"])[:, None]
   change = np.abs(np.diff(background, axis=1, prepend=background[:, :1]))
-  error = np.square(video - truth_video).mean((2, 3, 4), dtype=np.float64)
   metrics = {
     "off_manifold": by_frame(off),
     "broken": by_frame(broken),
@@ -135,18 +137,31 @@ def frame_metrics(
     "background_error": np.linalg.norm(background - true_background, axis=-1),
     "hue_error": by_frame(hue_error),
     "flicker": change.mean(-1),
-    "psnr": 10 * np.log10(4 / np.maximum(error, _PSNR_FLOOR)),
+    "psnr": psnr(video, truth_video),
     "speed_error": objects.speed_error(
       by_frame(fit.position), by_frame(there), world_config
     ),
   }
   return {
-    name: np.where(finite, x.astype(np.float64), _WORST[name])
+    name: np.where(finite, x.astype(np.float64), WORST[name])
     for name, x in metrics.items()
   }
 
 
-def _check(video, truth_video, config):
+def psnr(video: np.ndarray, truth_video: np.ndarray) -> np.ndarray:
+  """Gives dB [b f] of videos [b f h w 3] in [-1, 1], at most 66."""
+  error = np.square(video - truth_video).mean((2, 3, 4), dtype=np.float64)
+  return 10 * np.log10(4 / np.maximum(error, _PSNR_FLOOR))
+
+
+def check(
+  video: np.ndarray, truth_video: np.ndarray, config: worlds.WorldConfig
+) -> None:
+  """Refuses videos that are not of this world, or have no truth.
+
+  Raises:
+    UserError: shapes that do not belong together, or more than 4 balls.
+  """
   size = (config.height, config.width, 3)
   if video.ndim != 5 or video.shape[2:] != size:
     raise UserError(
@@ -204,13 +219,14 @@ def summarize(metrics: FrameMetrics, given: int) -> Summary:
   """Sums up one seed's metrics over videos and thirds of the generated frames.
 
   Args:
-    metrics: of `frame_metrics`.
+    metrics: of `frame_metrics`, or of `physics.frame_metrics`.
     given: how many frames at the start were given, not generated.
 
   Returns:
     delta_db (drift of the PSNR to the manifold; lower is better, 0 is none);
     off_manifold, broken, object_share, failed, background_error, hue_error and
-    flicker, each a list of three thirds; psnr_at, by generated frame counted
+    flicker and, where they were measured, violation and state_error, each a
+    list of three thirds; psnr_at, by generated frame counted
     from 1 (None beyond the end); seeds, which is 1.
 
   Raises:
@@ -219,7 +235,7 @@ def summarize(metrics: FrameMetrics, given: int) -> Summary:
   made = _generated(metrics, given)
   return {
     "delta_db": _drift(manifold_psnr(made["off_manifold"])),
-    **{name: _thirds(made[name]) for name in _THIRDS},
+    **{name: _thirds(made[name]) for name in _THIRDS if name in made},
     "psnr_at": _psnr_at(made["psnr"]),
     "seeds": 1,
   }
@@ -344,8 +360,7 @@ def frame_metrics_real(
     "flicker": change.mean((2, 3, 4)),
   }
   if reference is not None:
-    error = np.square(x - reference).mean((2, 3, 4), dtype=np.float64)
-    metrics["psnr"] = 10 * np.log10(4 / np.maximum(error, _PSNR_FLOOR))
+    metrics["psnr"] = psnr(x, reference)
   return {name: m.astype(np.float64) for name, m in metrics.items()}
 
 

@@ -30,13 +30,20 @@ class Row(NamedTuple):
 
 ROWS = (
   Row("failed", "failed frames", "lower", percent=True),
+  Row("violation", "laws broken", "lower", percent=True),
   Row("object_share", "objects intact", "higher", percent=True),
   Row("broken", "broken frames", "lower", percent=True),
   Row("off_manifold", "off-manifold MSE", "lower"),
   Row("background_error", "background error", "lower"),
   Row("hue_error", "hue error", "lower"),
+  Row("state_error", "state error (px)", "lower"),
   Row("flicker", "flicker", "", digits=4),
 )
+
+
+def _rows(runs: Mapping[str, Summary]) -> list[Row]:
+  """What was measured of all of them: worlds differ in what they have."""
+  return [row for row in ROWS if all(row.key in m for m in runs.values())]
 
 
 def format_table(runs: Mapping[str, Summary]) -> str:
@@ -53,7 +60,7 @@ def format_table(runs: Mapping[str, Summary]) -> str:
 
   drift = [f"{m['delta_db']:+.2f}" for m in runs.values()]
   add("drift (dB)", drift, "lower")
-  for row in ROWS:
+  for row in _rows(runs):
     unit = " (%)" if row.percent else ""
     values = [
       " ".join(f"{format_value(v, row):>7}" for v in m[row.key])
@@ -210,7 +217,7 @@ def _table(runs: Mapping[str, Summary]) -> page.Table:
   drift = {name: m["delta_db"] for name, m in runs.items()}
   cells = {name: texts(m, "delta_db", signed) for name, m in runs.items()}
   rows = [("drift (dB)", "lower", cells, best(drift, "lower"))]
-  for row in ROWS:
+  for row in _rows(runs):
     show = functools.partial(format_value, row=row)
     cells = {name: texts(m, row.key, show) for name, m in runs.items()}
     late = {name: m[row.key][2] for name, m in runs.items()}

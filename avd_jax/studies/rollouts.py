@@ -11,7 +11,7 @@ from tqdm import tqdm
 from avd_jax import config as config_lib
 from avd_jax.data import pipeline
 from avd_jax.errors import UserError
-from avd_jax.evaluation import drift
+from avd_jax.evaluation import drift, physics
 from avd_jax.sampling import Sampler
 from avd_jax.typing import Batch
 
@@ -79,10 +79,10 @@ def roll_out(
 
 
 def measure(video: np.ndarray, prompts: Prompts) -> drift.FrameMetrics:
-  """Frame by frame, against the world's truth or the video's own start."""
+  """Frame by frame: by a world's truth and law, or by the video's own start."""
   if prompts.state is None:
     return drift.frame_metrics_real(video, prompts.truth.x)
-  return drift.frame_metrics(
+  return physics.frame_metrics(
     video, prompts.truth.x, prompts.state, prompts.data.world
   )
 

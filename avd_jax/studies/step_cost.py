@@ -11,41 +11,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from avd_jax import config as config_lib
-from avd_jax import parallel
-from avd_jax.algorithms import histories
-from avd_jax.data import pipeline
 from avd_jax.errors import UserError
 from avd_jax.models import denoiser as denoiser_lib
-from avd_jax.studies import race
-from avd_jax.training.program import Program
+from avd_jax.studies import race, steps
 
 MATMUL = 2048  # side of the product that stands for the machine's peak
-
-
-def _steps(program: Program, batch: Any, name: str) -> Callable[[], Any]:
-  """A call that takes one training step of a stage."""
-  step = program.step(name)
-  holder = [program.init()]
-
-  def call():
-    # Learning rate 0: the weights, and so the work, stay what they are.
-    holder[0], metrics = step(holder[0], batch, np.float32(0.0))
-    return metrics
-
-  return call
-
-
-def _rollout(program: Program, batch: Any, options: Any) -> Callable[[], Any]:
-  """A call that re-makes the history of a batch, and nothing else."""
-  denoiser = denoiser_lib.make(program.model)
-  make = jax.jit(histories.self_resampled(denoiser, options))
-  params, key = program.init().params, jax.random.key(0)
-  return lambda: make(params, batch.x, batch.text, key)
 
 
 def _matmul(dtype: str) -> Callable[[], Any]:
@@ -83,30 +57,23 @@ def measure(
   detached = config_lib.from_json(
     config_lib.to_json(config.stage.resampling_forcing)
   )
-  detached.resampling.detached = True
+  detached.degradation.detached = True
   config.stage.detached = detached
-  program = Program(config, mesh)
-  data = config_lib.typed(pipeline.DataConfig, config.data)
-  batches = pipeline.batches(data, pipeline.make_source(data))
-  batch = parallel.put_batch(next(batches), mesh)
-  batches.close()
-  options = config_lib.typed(
-    histories.Resampling, config.stage.resampling_forcing.resampling
-  )
+  program, batch = steps.prepare(config, mesh)
   contenders = {
-    "tf": _steps(program, batch, "teacher_forcing"),
-    "rf": _steps(program, batch, "resampling_forcing"),
-    "rf_detached": _steps(program, batch, "detached"),
-    "rollout": _rollout(program, batch, options),
+    "tf": steps.step(program, batch, "teacher_forcing"),
+    "rf": steps.step(program, batch, "resampling_forcing"),
+    "rf_detached": steps.step(program, batch, "detached"),
+    "rollout": steps.history(program, batch, "resampling_forcing"),
     "matmul": _matmul(program.model.dtype),
   }
   times = race.run(contenders, rounds, progress)
-  return _summary(times, program, data)
+  return _summary(times, program)
 
 
-def _summary(times, program, data) -> dict[str, float]:
+def _summary(times, program) -> dict[str, float]:
   ratio = functools.partial(race.ratio, times)
-  model = program.model
+  model, data = program.model, program.config.data
   flops = (
     3
     * data.batch_size

@@ -30,6 +30,7 @@ from avd_jax.training import optim
 from avd_jax.training.metrics import Writer
 from avd_jax.training.program import Program
 from avd_jax.training.state import TrainState
+from avd_jax.training.step import Schedule
 from avd_jax.typing import Params
 
 AHEAD = 2  # steps that the host may be ahead of the device
@@ -118,11 +119,12 @@ def train(
     plan = stretches(config)
     if step:
       items = program.abstract_state()._asdict()
-      state = TrainState(**checkpoints.restore(step, items))
+      saved = checkpoints.restore(step, _held(items))
+      state = TrainState(**items | saved)
     else:
       given = initial_weights(config, program)
       source = pipeline.make_source(data)  # wrong data: before any compute
-      state = program.begin_stage(program.init(), given)
+      state = program.begin_stage(program.init(), plan[0].name, given)
     if step < plan[-1].last:
       if step:
         source = pipeline.make_source(data)
@@ -181,6 +183,11 @@ def initial_weights(config: ConfigDict, program: Program) -> Params | None:
     return checkpoints.restore(step, {"ema": target})["ema"]
 
 
+def _held(items: dict[str, Any]) -> dict[str, Any]:
+  """The parts of a state that hold anything: most have an empty memory."""
+  return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
+
+
 @dataclasses.dataclass
 class _Run:
   """One call of `train`, from some step on."""
@@ -206,14 +213,18 @@ class _Run:
           if step >= stretch.last:
             continue
           if step == stretch.first and step:
-            state = self.program.begin_stage(state)
-          launch = self.program.step(stretch.name)
+            state = self.program.begin_stage(state, stretch.name)
           stage = self.program.config.stage[stretch.name]
           with self._bar(stretch, step) as bar:
             while step < stretch.last:
               batch = parallel.put_batch(next(batches), mesh)
-              rate = optim.learning_rate(stage, step - stretch.first)
-              state, metrics = launch(state, batch, np.float32(rate))
+              local = step - stretch.first
+              launch = self.program.step(stretch.name, local)
+              schedule = Schedule(
+                np.float32(optim.learning_rate(stage, local)),
+                np.float32(optim.ramp(stage, local)),
+              )
+              state, metrics = launch(state, batch, schedule)
               step += 1
               flight.append((metrics, parallel.any_process(bool(caught), mesh)))
               if len(flight) > AHEAD:
@@ -266,4 +277,4 @@ class _Run:
       "config": config_lib.to_json(self.program.config),
       "metrics": writer.flush() if writer else [],
     }
-    self.checkpoints.save(step, state._asdict(), record)
+    self.checkpoints.save(step, _held(state._asdict()), record)

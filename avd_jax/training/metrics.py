@@ -77,8 +77,11 @@ class Writer:
     step, stage, gathered, now = self._due
     self._due = None
     values = jax.device_get(gathered)
+    # A row may span two stages, and not all of them have the same metrics.
+    names = dict.fromkeys(name for v in values for name in v)
     row: dict[str, Any] = {
-      name: float(np.mean([v[name] for v in values])) for name in values[0]
+      name: float(np.mean([v[name] for v in values if name in v]))
+      for name in names
     }
     then, before = self._clock
     row["steps_per_second"] = (step - before) / max(now - then, 1e-9)

@@ -24,6 +24,12 @@ def learning_rate(stage: ConfigDict, step: int) -> float:
   return stage.learning_rate * min(rise, fall)
 
 
+def ramp(stage: ConfigDict, step: int) -> float:
+  """How far a stage's curriculum has come: 0 to 1 over its ramp_steps."""
+  steps = stage.degradation.ramp_steps
+  return min(1.0, step / steps) if steps else 1.0
+
+
 def make(optimizer: ConfigDict) -> optax.GradientTransformation:
   """AdamW (or Muon for the blocks' matrices) under a global-norm clip.
 

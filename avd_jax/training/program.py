@@ -1,7 +1,9 @@
 """From a config to compiled programs: who is wired to whom, in one place."""
 
+import copy
 import dataclasses
 import functools
+import json
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +13,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from avd_jax import parallel
-from avd_jax.algorithms import flow_loss, histories
+from avd_jax.algorithms import (
+  consistency,
+  diffusion_forcing,
+  error_bank,
+  flow_loss,
+  histories,
+)
 from avd_jax.config import typed
 from avd_jax.data.pipeline import DataConfig
 from avd_jax.diffusion import flow_matching
@@ -21,14 +29,23 @@ from avd_jax.training import optim
 from avd_jax.training import state as state_lib
 from avd_jax.training.state import TrainState
 from avd_jax.training.step import Step, make_step
-from avd_jax.typing import Batch, LossFn, Params
+from avd_jax.typing import Batch, Denoiser, HistoryFn, LossFn, Params
 
 HISTORIES = {
-  "ground_truth": lambda denoiser, stage: histories.ground_truth(denoiser),
-  "self_resampled": lambda denoiser, stage: histories.self_resampled(
-    denoiser, typed(histories.Resampling, stage.resampling)
-  ),
+  "ground_truth": lambda denoiser, *_: histories.ground_truth(denoiser),
+  "noise_augmented": lambda *args: histories.noise_augmented(*args[:2]),
+  "parallel_resampled": lambda *args: histories.parallel_resampled(*args[:2]),
+  "self_resampled": lambda *args: histories.self_resampled(*args[:2]),
+  "error_bank": error_bank.history,
 }
+# Fields of a stage that its compiled step does not depend on.
+SCHEDULE = (
+  "steps",
+  "learning_rate",
+  "warmup_steps",
+  "decay_steps",
+  "final_lr_ratio",
+)
 LEVELS = {
   "logit_normal": flow_matching.logit_normal,
   "uniform": flow_matching.uniform,
@@ -77,49 +94,103 @@ class Program:
     return Batch(
       jax.ShapeDtypeStruct((*shape, self.model.channels), jnp.float32),
       jax.ShapeDtypeStruct((data.batch_size, data.text_length), jnp.int32),
+      jax.ShapeDtypeStruct((data.batch_size,), jnp.int32),
     )
 
   def loss(self, name: str) -> LossFn:
     """The objective of a stage."""
-    config, stage = self.config, self.config.stage[name]
+    return self._loss(self.config.stage[name])
+
+  def _loss(self, stage: ConfigDict) -> LossFn:
+    config = self.config.loss
     denoiser = denoiser_lib.make(self.model, self.mesh)
+    levels = LEVELS[config.levels](config.shift)
+    shared = dict(
+      null_text=jnp.zeros(self.batch.text.shape[1:], jnp.int32),
+      text_dropout=0.0 if self.model.text == "none" else config.text_dropout,
+      skip_chunks=config.skip_chunks,
+    )
+    if stage.objective == "diffusion_forcing":
+      return diffusion_forcing.diffusion_forcing(denoiser, levels, **shared)
+    history = histories.with_dropout(
+      self._history(stage, denoiser), config.history_dropout
+    )
+    if stage.objective == "consistency":
+      return consistency.consistency(
+        denoiser,
+        history,
+        typed(consistency.ConsistencyConfig, stage.consistency),
+        resampler=stage.resampler,
+        **shared,
+      )
+    bank = stage.history == "error_bank"
     return flow_loss.flow_loss(
       denoiser,
-      HISTORIES[stage.history](denoiser, stage),
-      LEVELS[config.loss.levels](config.loss.shift),
-      null_text=jnp.zeros(self.batch.text.shape[1:], jnp.int32),
-      text_dropout=(
-        0.0 if self.model.text == "none" else config.loss.text_dropout
-      ),
-      skip_chunks=config.loss.skip_chunks,
+      history,
+      levels,
+      resampler=stage.resampler,
+      bank=typed(error_bank.BankConfig, stage.bank) if bank else None,
+      **shared,
     )
 
-  def step(self, name: str) -> Step:
+  def history(self, name: str) -> HistoryFn:
+    """How a stage makes its histories; one stream makes none."""
+    stage = self.config.stage[name]
+    return self._history(stage, denoiser_lib.make(self.model, self.mesh))
+
+  def _history(self, stage: ConfigDict, denoiser: Denoiser) -> HistoryFn:
+    return HISTORIES[stage.history](
+      denoiser,
+      typed(histories.Degradation, stage.degradation),
+      typed(error_bank.BankConfig, stage.bank),
+    )
+
+  def memory(self, name: str, params: Params) -> dict[str, Any]:
+    """What a stage's objective starts with."""
+    stage, memory = self.config.stage[name], {}
+    if stage.history == "error_bank":
+      chunk = (self.model.chunk_frames, *self.batch.x.shape[2:])
+      bank = typed(error_bank.BankConfig, stage.bank)
+      memory[error_bank.NAME] = error_bank.empty(bank, chunk)
+    if stage.objective == "consistency":
+      memory[consistency.NAME] = jax.tree.map(jnp.copy, params)
+    return memory
+
+  def step(self, name: str, local: int = 0) -> Step:
     """The compiled training step of a stage; it donates the state.
 
     Stages that differ in length or learning rate alone share a program.
+
+    Args:
+      name: of the stage.
+      local: steps taken in it.
     """
     stage = self.config.stage[name]
-    kind = (stage.history, stage.resampler, stage.resampling.to_json())
+    every = stage.degradation.full_every
+    if every and local % every == every - 1:
+      stage = copy.deepcopy(stage)
+      stage.degradation.update(detached=False, full_every=0)
+    fixed = {k: v for k, v in stage.to_dict().items() if k not in SCHEDULE}
+    fixed["degradation"]["ramp_steps"] = 0  # of the host's schedule too
+    kind = json.dumps(fixed, sort_keys=True)
     if kind not in self._steps:
-      self._steps[kind] = self._compile(name)
+      self._steps[kind] = self._compile(stage)
     return self._steps[kind]
 
   @functools.cached_property
   def _steps(self) -> dict[Any, Step]:
     return {}
 
-  def _compile(self, name: str) -> Step:
-    stage, optimizer = self.config.stage[name], self.config.optimizer
+  def _compile(self, stage: ConfigDict) -> Step:
+    optimizer = self.config.optimizer
     parallel.check_batch(
       self.config.data.batch_size, optimizer.accumulation, self.mesh
     )
     step = make_step(
-      self.loss(name),
+      self._loss(stage),
       optim.make(optimizer),
       ema_decay=optimizer.ema,
       accumulation=optimizer.accumulation,
-      resampler=stage.resampler,
     )
     everywhere = parallel.replicated(self.mesh)
     return jax.jit(
@@ -140,7 +211,11 @@ class Program:
     )
     key = jax.random.key(seed)
     params = denoiser_lib.init(self.model, key, example.x, example.text)
-    return state_lib.create(params, optim.make(self.config.optimizer), seed)
+    memory = {}
+    for name in self.config.stages:
+      memory |= self.memory(name, params)
+    tx = optim.make(self.config.optimizer)
+    return state_lib.create(params, tx, memory, seed)
 
   @functools.cached_property
   def _boxed(self) -> TrainState:
@@ -168,9 +243,9 @@ class Program:
     return make(jnp.uint32(self.config.seed))
 
   def begin_stage(
-    self, state: TrainState, params: Params | None = None
+    self, state: TrainState, name: str, params: Params | None = None
   ) -> TrainState:
-    """A fresh optimizer (and, if given, other weights) for a stage."""
+    """A fresh optimizer and memory (and, if given, other weights)."""
     tx = optim.make(self.config.optimizer)
 
     def fresh(state, params):
@@ -179,6 +254,9 @@ class Program:
         params = state.params
       else:
         ema = jax.tree.map(jnp.copy, params)
-      return state._replace(params=params, ema=ema, optimizer=tx.init(params))
+      memory = state.memory | self.memory(name, ema)
+      return state._replace(
+        params=params, ema=ema, optimizer=tx.init(params), memory=memory
+      )
 
     return jax.jit(fresh, out_shardings=self.shardings)(state, params)

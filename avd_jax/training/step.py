@@ -1,17 +1,30 @@
 """One training step: a pure function of state and batch."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from avd_jax.training.state import TrainState
-from avd_jax.typing import Batch, LossFn, Metrics
+from avd_jax.typing import Batch, LossFn, Metrics, StepContext
 
-# (state, batch, learning rate) -> (state, metrics)
-Step = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
+
+class Schedule(NamedTuple):
+  """What the host decides step by step, as data: no program depends on it.
+
+  Attributes:
+    learning_rate: see optim.learning_rate.
+    ramp: how far a stage's curriculum has come, in [0, 1].
+  """
+
+  learning_rate: Any
+  ramp: Any
+
+
+# (state, batch, schedule) -> (state, metrics)
+Step = Callable[[TrainState, Batch, Schedule], tuple[TrainState, Metrics]]
 
 
 def make_step(
@@ -20,9 +33,8 @@ def make_step(
   *,
   ema_decay: float,
   accumulation: int = 1,
-  resampler: str = "online",
 ) -> Step:
-  """Builds `(state, batch, learning_rate) -> (state, metrics)`.
+  """Builds `(state, batch, schedule) -> (state, metrics)`.
 
   The step's randomness is the seed folded with the step, so that a resumed
   run draws what an uninterrupted one would have drawn.
@@ -32,50 +44,59 @@ def make_step(
     tx: the optimizer, at learning rate 1.
     ema_decay: of the averaged weights.
     accumulation: microbatches whose gradients are averaged.
-    resampler: "online" or "ema", the weights that re-make the history.
   """
 
-  def gradients(state, batch, key):
-    frozen = state.ema if resampler == "ema" else None
-    (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-      state.params, batch, key, frozen
+  def gradients(state, batch, key, ramp, memory):
+    context = StepContext(state.ema, memory, ramp)
+    (_, (metrics, memory)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+      state.params, batch, key, context
     )
-    return grads, metrics
+    return (grads, metrics), memory
 
-  def accumulate(state, batch, key):
+  def accumulate(state, batch, key, ramp):
     # Strided, so that a microbatch still spans every device of the batch axis.
     split = jax.tree.map(
       lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0),
       batch,
     )
     keys = jax.random.split(key, accumulation)
-    first = jax.eval_shape(
-      gradients, state, jax.tree.map(lambda x: x[0], split), keys[0]
+    first, _ = jax.eval_shape(
+      gradients,
+      state,
+      jax.tree.map(lambda x: x[0], split),
+      keys[0],
+      ramp,
+      state.memory,
     )
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
 
-    def body(total, inputs):
-      made = gradients(state, *inputs)
-      return jax.tree.map(jnp.add, total, made), None
+    def body(carry, inputs):
+      total, memory = carry
+      made, memory = gradients(state, *inputs, ramp, memory)
+      return (jax.tree.map(jnp.add, total, made), memory), None
 
-    total, _ = jax.lax.scan(body, zeros, (split, keys))
-    return jax.tree.map(lambda x: x / accumulation, total)
+    carry, _ = jax.lax.scan(body, (zeros, state.memory), (split, keys))
+    total, memory = carry
+    return jax.tree.map(lambda x: x / accumulation, total), memory
 
-  def step(state, batch, learning_rate):
+  def step(state, batch, schedule):
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
     if accumulation > 1:
-      grads, metrics = accumulate(state, batch, key)
+      made, memory = accumulate(state, batch, key, schedule.ramp)
     else:
-      grads, metrics = gradients(state, batch, key)
+      made, memory = gradients(state, batch, key, schedule.ramp, state.memory)
+    grads, metrics = made
     updates, optimizer = tx.update(grads, state.optimizer, state.params)
-    updates = jax.tree.map(lambda u: learning_rate * u, updates)
+    updates = jax.tree.map(lambda u: schedule.learning_rate * u, updates)
     params = optax.apply_updates(state.params, updates)
     ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
     metrics = metrics | {
       "grad_norm": optax.global_norm(grads),
-      "learning_rate": learning_rate,
+      "learning_rate": schedule.learning_rate,
     }
-    state = TrainState(state.step + 1, params, ema, optimizer, state.seed)
+    state = TrainState(
+      state.step + 1, params, ema, optimizer, memory, state.seed
+    )
     return state, metrics
 
   return step

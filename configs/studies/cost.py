@@ -1,0 +1,69 @@
+"""What a step of each strategy costs, and what the cost buys.
+
+  avd study cost --workdir runs/studies
+
+Steps of all strategies race in turn in one process, in parts: making the
+history, and the rest. Beside the models of configs/studies/strategies.py stand
+detached resampling with a full two-stream step every 2nd, 4th and 8th step:
+does a little gradient through the history restore what a detached cache loses?
+Hardware: 2 CPU cores. Expected: not measured yet.
+"""
+
+import runpy
+from pathlib import Path
+
+from avd_jax import config as base
+from avd_jax.studies.study import Branch, Row, Study
+
+STRATEGIES = runpy.run_path(str(Path(__file__).with_name("strategies.py")))
+KINDS = {
+  "teacher forcing": ("teacher_forcing", "ground_truth", {}),
+  "noise augmentation, told": (
+    "noise_told",
+    "noise_augmented",
+    dict(tell=True),
+  ),
+  "error bank": ("error_bank", "error_bank", {}),
+  "parallel resampling": ("parallel", "parallel_resampled", {}),
+  "resampling": ("resampling", "self_resampled", {}),
+  "resampling, 4 Euler steps": (
+    "resampling_euler_4",
+    "self_resampled",
+    dict(steps=4),
+  ),
+  "detached": ("detached", "self_resampled", dict(detached=True)),
+  **{
+    f"detached, full every {n}": (
+      f"detached_full_{n}",
+      "self_resampled",
+      dict(detached=True, full_every=n),
+    )
+    for n in (2, 4, 8)
+  },
+}
+
+
+def get_study():
+  continued = STRATEGIES["continued"]
+  return Study(
+    title="What a step costs, and what it buys",
+    question=(
+      "Where does a training step's time go for each strategy, and which one"
+      " mends most drift for its time?"
+    ),
+    config=base.load(str(STRATEGIES["WORLD"]), []),
+    branches=(
+      Branch("warmup", STRATEGIES["warmup"]()),
+      *(
+        Branch(name, continued(history, **options), "warmup")
+        for name, history, options in KINDS.values()
+      ),
+    ),
+    rows=tuple(Row(label, name) for label, (name, *_) in KINDS.items()),
+    baseline="teacher forcing",
+    analysis="cost",
+    claims=(
+      "Neither paper measures what its training costs a step. Resampling"
+      " Forcing stops gradients at the re-made history, but runs both streams."
+    ),
+  )

@@ -1,0 +1,66 @@
+"""Do two to four steps do what sixteen did, with the drift mended too?
+
+  avd study few_step --workdir runs/studies
+
+The resampling model of configs/studies/strategies.py goes on for 300 steps,
+either as before or with the consistency objective under the same histories
+(algorithms/consistency.py); no other model is involved. Both are then sampled
+with fewer and fewer steps. Hardware: 2 CPU cores. Expected: not measured yet.
+"""
+
+import runpy
+from pathlib import Path
+
+from avd_jax import config as base
+from avd_jax.studies.study import Branch, Row, Study
+
+STRATEGIES = runpy.run_path(str(Path(__file__).with_name("strategies.py")))
+STEPS = 300
+
+
+def further(objective):
+  """A stage after resampling, under the same histories."""
+  stage = STRATEGIES["continued"]("self_resampled", objective)
+  stage.update(steps=STEPS, learning_rate=1e-3, decay_steps=STEPS - 20)
+  stage.consistency.update(steps=16)
+  return stage
+
+
+def rows(label, branch, solver, counts):
+  """A row a number of solver steps."""
+  return tuple(
+    Row(
+      f"{label}, {count} {'step' if count == 1 else 'steps'}",
+      branch,
+      {"sampling.steps": count, "sampling.solver": solver},
+    )
+    for count in counts
+  )
+
+
+def get_study():
+  return Study(
+    title="Few-step sampling without a teacher",
+    question=(
+      "A resampling model is trained on to jump to the end of its own paths:"
+      " what do 1, 2 or 4 steps then keep of the drift and the content that 16"
+      " steps have, and what would plain training on have kept?"
+    ),
+    config=base.load(str(STRATEGIES["WORLD"]), []),
+    branches=(
+      Branch("warmup", STRATEGIES["warmup"]()),
+      Branch("resampling", STRATEGIES["continued"]("self_resampled"), "warmup"),
+      Branch("resampling_more", further("flow_matching"), "resampling"),
+      Branch("consistency", further("consistency"), "resampling"),
+    ),
+    rows=(
+      *rows("resampling", "resampling_more", "euler", (16, 8, 4, 2, 1)),
+      *rows("consistency", "consistency", "consistency", (4, 2, 1)),
+      *rows("consistency, Euler", "consistency", "euler", (4, 2)),
+    ),
+    baseline="resampling, 16 steps",
+    claims=(
+      "Resampling Forcing and BAgger sample with 32 and 20 steps and name that"
+      " as their cost; neither reports fewer."
+    ),
+  )

@@ -1,0 +1,68 @@
+"""How much should a history be degraded, and should the model know?
+
+  avd study shift --workdir runs/studies
+
+Source: [RF Fig. 6], at the scale of a laptop: resampling from the warm-up of
+configs/studies/strategies.py, which is trained once for both. One thing differs
+at a time from shift 0.1, all videos degraded after a random clean prefix, the
+level untold. Hardware: 2 CPU cores. Expected: not measured yet.
+"""
+
+import runpy
+from pathlib import Path
+
+from avd_jax import config as base
+from avd_jax.studies.study import Branch, Row, Study
+
+STRATEGIES = runpy.run_path(str(Path(__file__).with_name("strategies.py")))
+
+
+def resampled(name, **degradation):
+  """A branch that differs from `resampling` in its degradation."""
+  stage = STRATEGIES["continued"]("self_resampled", **degradation)
+  return Branch(name, stage, "warmup")
+
+
+def get_study():
+  shifts = {
+    f"shift_{shift:g}".replace(".", "_"): shift
+    for shift in (0.02, 0.05, 0.1, 0.3, 0.6, 1.0, 3.0)
+    if shift != 0.1
+  }
+  return Study(
+    title="Levels of a degraded history",
+    question=(
+      "How far should resampling noise its history, for how many videos, after"
+      " how long a clean start, and should the model be told?"
+    ),
+    config=base.load(str(STRATEGIES["WORLD"]), []),
+    branches=(
+      Branch("warmup", STRATEGIES["warmup"]()),
+      Branch(
+        "teacher_forcing", STRATEGIES["continued"]("ground_truth"), "warmup"
+      ),
+      resampled("resampling"),
+      *(resampled(name, shift=shift) for name, shift in shifts.items()),
+      resampled("share_0_25", share=0.25),
+      resampled("share_0_5", share=0.5),
+      resampled("fixed_prefix", random_prefix=False),
+      resampled("told", tell=True),
+    ),
+    rows=(
+      Row("teacher forcing", "teacher_forcing"),
+      Row("s = 0.1", "resampling"),
+      *(Row(f"s = {shift:g}", name) for name, shift in shifts.items()),
+      Row("a quarter of the videos", "share_0_25"),
+      Row("half of the videos", "share_0_5"),
+      Row("clean prefix 1", "fixed_prefix"),
+      *(
+        Row(f"told, {said:g} at test", "told", {"sampling.context_told": said})
+        for said in (0.0, 0.3, 0.5)
+      ),
+    ),
+    baseline="teacher forcing",
+    claims=(
+      "Reported by Resampling Forcing (Fig. 6): s = 0.1 accumulates errors, 0.6"
+      " is balanced, 3.0 drifts in content."
+    ),
+  )
