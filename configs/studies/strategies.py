@@ -6,7 +6,8 @@ Source: [RF Table 2] and [BAgger Table 1], at the scale of a laptop: world and
 network of configs/worlds_tiny.py. A warm-up of 900 steps, then 500 steps a
 branch, all with the same optimizer and, where the history is degraded, the same
 law of levels. Diffusion forcing, and BAgger on top of it, have a warm-up of
-their own objective. Hardware: 2 CPU cores. Expected: not measured yet.
+their own objective; BAgger is also put on top of teacher forcing. Hardware: 2
+CPU cores. Expected: not measured yet.
 """
 
 from pathlib import Path
@@ -51,6 +52,10 @@ def warmup(objective="flow_matching"):
 
 def get_study():
   forcing = "diffusion_forcing"
+  # Rollouts start from half of a seed set, which must have an end.
+  seeds = {"data.num_videos": 4096, "bagger.frames": 20}
+  # Levels low enough that a clean history is nothing unheard of.
+  uniform = {"loss.levels": "uniform", "loss.shift": 1.0}
   return Study(
     title="Strategies against drift",
     question=(
@@ -79,8 +84,21 @@ def get_study():
         "bagger",
         continued("ground_truth", forcing),
         "df_warmup",
-        # Rollouts start from half of a seed set, which must have an end.
-        changes={"data.num_videos": 4096, "bagger.frames": 20},
+        seeds,
+        rounds=3,
+      ),
+      Branch("df_uniform_warmup", warmup(forcing), changes=uniform),
+      Branch(
+        "df_uniform",
+        continued("ground_truth", forcing),
+        "df_uniform_warmup",
+        uniform,
+      ),
+      Branch(
+        "bagger_two_streams",
+        continued("ground_truth"),
+        "warmup",
+        seeds,
         rounds=3,
       ),
     ),
@@ -99,7 +117,14 @@ def get_study():
         forcing,
         {"sampling.context_noise": 0.2},
       ),
+      Row("diffusion forcing, uniform levels", "df_uniform"),
+      Row(
+        "diffusion forcing, uniform levels, context noise 0.2",
+        "df_uniform",
+        {"sampling.context_noise": 0.2},
+      ),
       Row("BAgger", "bagger"),
+      Row("BAgger on teacher forcing", "bagger_two_streams"),
     ),
     baseline="teacher forcing",
     claims=(
