@@ -167,7 +167,8 @@ def clock(monkeypatch):
     return call
 
   def step(config, batch, name, local=0):
-    full = config.stage[name].degradation.full_every and local
+    every = config.stage[name].degradation.full_every
+    full = every and local % every == every - 1
     return taking(config.full if full else config.step)
 
   history = lambda config, *_: taking(config.history)
@@ -258,8 +259,11 @@ COSTS = {
 
 @pytest.fixture
 def figures(monkeypatch):
-  """The figures that are drawn, instead of their pictures."""
-  monkeypatch.setattr(analysis_charts, "_png", lambda figure: figure)
+  """The figures that are drawn."""
+  drawn = []
+  keep = lambda figure: drawn.append(figure) or b""
+  monkeypatch.setattr(analysis_charts, "_png", keep)
+  return drawn
 
 
 def test_the_proxy_section_has_the_means_over_seeds():
@@ -274,7 +278,8 @@ def test_the_proxy_section_has_the_means_over_seeds():
 
 
 def test_every_kind_of_error_has_a_colour_of_its_own(figures):
-  _, figure = analyses.ANALYSES["proxy"].write([made_up()], {})
+  analyses.ANALYSES["proxy"].write([made_up()], {})
+  (figure,) = figures
   (legend,) = figure.legends
   words = [text.get_text() for text in legend.get_texts()]
   assert words == [*KINDS, "by chance"]
@@ -295,8 +300,8 @@ def test_the_cost_section_has_shares():
 
 
 def test_bars_end_where_the_step_does(figures):
-  _, figure = analyses.ANALYSES["cost"].write([COSTS], {"resampled": 0.125})
-  left, right = figure.axes
+  analyses.ANALYSES["cost"].write([COSTS], {"resampled": 0.125})
+  left, right = figures[0].axes
   ends = [bar.get_x() + bar.get_width() for bar in left.patches]
   assert ends == [1.0, 1.5, 1.0, 2.0]  # the rest of both, then the histories
   # A row without that number has no point, and its number is not another's.

@@ -225,3 +225,23 @@ def test_processes_share_the_batches_of_a_round(whole, tmp_path, monkeypatch):
   monkeypatch.setattr(jax, "process_index", lambda: 0)
   make(rollouts, whole)
   assert aggregate.shards(tmp_path, 1) == manifest(whole, 1)["shards"]
+
+
+def test_a_process_that_has_its_batches_opens_the_weights_too(
+  whole, tmp_path, monkeypatch
+):
+  """Reading checkpoints has a barrier: all processes come, or all hang."""
+  rollouts, opened = Rollouts(get_config(), tmp_path), []
+  sampler = sampling.load(whole / "base")
+
+  def load(workdir):
+    opened.append(workdir)
+    return sampler
+
+  monkeypatch.setattr(sampling, "load", load)
+  monkeypatch.setattr("avd_jax.bagger.rollouts._wait", lambda done: None)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  make(rollouts, whole)
+  make(rollouts, whole)  # resumed, while the other one lacks its batch
+  assert opened == [whole / "base"] * 2

@@ -1,6 +1,7 @@
 """Benchmarks: that they measure what they say, and refuse to time a mistake."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +9,15 @@ import pytest
 from avd_jax.cli import main as cli
 from avd_jax.errors import UserError
 from avd_jax.ops import attention, routing
-from avd_jax.studies import attention_cost, long_rollout, race, rivals
+from avd_jax.studies import (
+  attention_cost,
+  long_rollout,
+  race,
+  rivals,
+  step_cost,
+)
 
+TINY = str(Path(__file__).with_name("tiny_config.py"))
 SIZE = attention_cost.Size(tokens=8, heads=1, head_dim=16)
 
 
@@ -161,6 +169,32 @@ def test_a_race_runs_everyone_in_turn():
   assert order == list("aabb" + "ab" * 3)
   assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
   assert race.ratio({"a": [2, 4, 30], "b": [1, 1, 10]}, "a", "b") == 3
+
+
+# --- a training step ---------------------------------------------------------
+
+
+def test_the_cost_of_a_step_has_its_parts(monkeypatch, tmp_path, capsys):
+  monkeypatch.setattr(step_cost, "MATMUL", 64)
+  path = tmp_path / "a.json"
+  arguments = ["--config", TINY, "--rounds", "2", "--json", str(path)]
+  assert cli.main(["bench", "step", *arguments]) == 0
+  numbers = json.loads(path.read_text())
+  contenders = ("tf", "rf", "rf_detached", "rollout", "matmul")
+  assert list(numbers) == [
+    "device", "rf_over_tf", "rf_detached_over_tf", "rollout_share",
+    "tokens_per_second", "mfu", *(f"{name}_ms" for name in contenders),
+    "rounds",
+  ]  # fmt: skip
+  assert numbers.pop("rounds") == 2
+  assert min(v for k, v in numbers.items() if k != "device") > 0
+  # A batch of 8 videos of 3 frames of 2 x 2 tokens.
+  seconds = numbers["tf_ms"] / 1e3
+  assert numbers["tokens_per_second"] == pytest.approx(96 / seconds)
+  table = capsys.readouterr().out
+  assert all(name in table for name in numbers)
+  assert cli.main(["bench", "step", "--config", TINY, "--rounds", "0"]) == 2
+  assert "at least 1 round" in capsys.readouterr().err
 
 
 # --- long rollouts -----------------------------------------------------------

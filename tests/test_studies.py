@@ -89,12 +89,13 @@ def kept(function, key):
 def program_key(program):
   """All that a program's compiled functions depend on, but for the stage."""
   values = config_lib.to_json(program.config)
+  # Only these have something to keep from step to step.
   memory = [
-    (stage["history"], stage["objective"], stage["bank"])
+    (stage["history"] == "error_bank", stage["objective"] == "consistency")
     for stage in values["stage"].values()
   ]
   parts = [values[part] for part in ("model", "loss", "optimizer")]
-  return json.dumps([*parts, memory]) + str(program.batch)
+  return json.dumps([*parts, max(memory)]) + str(program.batch)
 
 
 def sampler_key(sampler):

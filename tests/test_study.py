@@ -13,6 +13,7 @@ from avd_jax.cli import main as cli
 from avd_jax.errors import UserError
 from avd_jax.evaluation import study_chart
 from avd_jax.studies import study as study_lib
+from avd_jax.studies import study_cost
 
 ROOT = Path(__file__).parents[1]
 TOY = str(Path(__file__).parent / "studies" / "toy.py")
@@ -62,8 +63,10 @@ def test_a_digest_is_of_what_weights_depend_on():
     "stage.warmup.steps=9",
   ):  # fmt: skip
     assert digest(f"--config.{other}") != digest(), other
-  share = "--config.bagger.share=0.25"
-  assert digest(share, branch="bagger") != digest(branch="bagger")
+  # Rounds of BAgger are trained on rollouts.
+  for other in ("bagger.share=0.25", "sampling.steps=9"):
+    changed = digest(f"--config.{other}", branch="bagger")
+    assert changed != digest(branch="bagger"), other
 
 
 def test_a_row_depends_on_how_it_is_sampled():
@@ -178,7 +181,7 @@ def test_the_command_refuses_before_it_starts(tmp_path, capsys, monkeypatch):
 def test_a_longer_branch_keeps_its_schedule():
   stage = config_lib.stage("ground_truth", 10, warmup_steps=2, decay_steps=8)
   study = changed(toy(), "teacher", stage=stage)
-  longer = study_lib.with_steps(study, "teacher", 25).branch("teacher").stage
+  longer = study_cost.with_steps(study, "teacher", 25).branch("teacher").stage
   assert (longer.steps, longer.warmup_steps, longer.decay_steps) == (25, 5, 20)
   assert stage.steps == 10
 

@@ -146,18 +146,19 @@ class Rollouts:
     batches, files = self.batches(round), self.files(round)
     mine = range(jax.process_index(), len(batches), jax.process_count())
     whole = [b for b in mine if aggregate.is_whole(files[b], len(batches[b]))]
-    if len(whole) < len(mine):
-      sampler = sampling.load(workdir)
-      each = self.frames - self._given
-      with tqdm(
-        desc=f"round {round}: roll out",
-        total=each * sum(len(batches[b]) for b in mine),
-        initial=each * sum(len(batches[b]) for b in whole),
-        unit="frame",
-        disable=not (progress and lead),
-      ) as bar:
-        missing = [b for b in mine if b not in whole]
-        self._roll_out(sampler, round, missing, source, bar)
+    # By every process, even one that has all of its batches: whoever opens
+    # checkpoints waits until the others do.
+    sampler = sampling.load(workdir)
+    each = self.frames - self._given
+    with tqdm(
+      desc=f"round {round}: roll out",
+      total=each * sum(len(batches[b]) for b in mine),
+      initial=each * sum(len(batches[b]) for b in whole),
+      unit="frame",
+      disable=not (progress and lead),
+    ) as bar:
+      missing = [b for b in mine if b not in whole]
+      self._roll_out(sampler, round, missing, source, bar)
     if not lead:
       _wait(lambda: aggregate.is_finished(self.store, round))
       return

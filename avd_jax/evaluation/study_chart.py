@@ -129,6 +129,8 @@ def curves(
     )
     for ax in grid.ravel()[len(rows) :]:
       ax.set_axis_off()
+    for ax in grid.ravel()[len(rows) - columns : len(rows)]:
+      ax.tick_params(labelbottom=True)  # nothing is drawn below
     for i, (row, values) in enumerate(rows.items()):
       ax = grid.ravel()[i]
       _plain(ax, theme)

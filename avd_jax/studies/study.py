@@ -135,7 +135,7 @@ class Study:
     return row.against or self.baseline
 
   @functools.cached_property
-  def _digests(self) -> dict[str, str]:
+  def _known(self) -> dict[Any, Any]:
     return {}
 
 
@@ -280,7 +280,7 @@ def _check_branch(study: Study, branch: Branch) -> None:
       raise UserError("BAgger's base is its parent, and it has none")
     if branch.parent:
       old, new = (
-        config_lib.to_json(config_of(study, name))["model"]
+        _values_of(study, name)["model"]
         for name in (branch.parent, branch.name)
       )
       changed = config_lib.differences(
@@ -317,12 +317,31 @@ def _change(
     config_lib.override(config, arguments, may)
 
 
+def _remembered(function):
+  """Reading configs takes long, and a study stays what it is."""
+
+  @functools.wraps(function)
+  def call(study, name):
+    key = function.__name__, name
+    if key not in study._known:
+      study._known[key] = function(study, name)
+    return study._known[key]
+
+  return call
+
+
 def config_of(study: Study, name: str) -> ConfigDict:
   """The config that a branch trains with, but for seeds and `init_from`.
 
   Raises:
     UserError: a change that config refuses.
   """
+  return config_lib.from_json(_values_of(study, name))
+
+
+@_remembered
+def _values_of(study: Study, name: str) -> dict[str, Any]:
+  """The same as plain values."""
   branch, config = study.branch(name), _copy(study.config)
   stages = {name: _copy_stage(branch.stage)}
   if branch.rounds:
@@ -334,7 +353,7 @@ def config_of(study: Study, name: str) -> ConfigDict:
   if branch.parent:
     config.init_from = ""
   _change(config, branch.changes)
-  return config
+  return config_lib.to_json(config)
 
 
 def _copy_stage(stage: ConfigDict, **changes: Any) -> ConfigDict:
@@ -351,22 +370,6 @@ def row_config(study: Study, row: Row) -> ConfigDict:
   may = tuple(n for n in sampling.CHANGEABLE if n not in _NOT_IN_ROWS)
   _change(config, row.changes, may)
   return config
-
-
-def with_steps(study: Study, name: str, steps: int) -> Study:
-  """The study with a branch of another length, its schedule scaled alike."""
-  branch = study.branch(name)
-  scale = steps / branch.stage.steps
-  warmup = round(scale * branch.stage.warmup_steps)
-  decay = min(steps - warmup, round(scale * branch.stage.decay_steps))
-  stage = _copy_stage(
-    branch.stage, steps=steps, warmup_steps=warmup, decay_steps=max(0, decay)
-  )
-  branches = tuple(
-    dataclasses.replace(b, stage=stage) if b.name == name else b
-    for b in study.branches
-  )
-  return dataclasses.replace(study, branches=branches)
 
 
 def _fields(config: ConfigDict) -> dict[str, Any]:
@@ -406,14 +409,10 @@ def _hash(*values: Any) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+@_remembered
 def digest(study: Study, name: str) -> str:
   """Eight hex digits of all that a branch's weights depend on but the seed."""
-  if name not in study._digests:
-    study._digests[name] = _digest(study, study.branch(name))
-  return study._digests[name]
-
-
-def _digest(study: Study, branch: Branch) -> str:
+  branch = study.branch(name)
   origin = study.config.init_from
   if branch.parent:
     origin = digest(study, branch.parent)
@@ -422,7 +421,7 @@ def _digest(study: Study, branch: Branch) -> str:
     free = tuple(name for name in _NOT_IN_DIGEST if name != "sampling.")
   fields = {
     field: value
-    for field, value in _changed(config_of(study, branch.name)).items()
+    for field, value in _changed(config_of(study, name)).items()
     if not field.startswith(free)
   }
   return _hash(fields, origin)
@@ -432,7 +431,7 @@ def row_key(study: Study, row: Row) -> str:
   """Eight hex digits of all that a row's numbers depend on but the seed."""
   measured = {
     field: value
-    for field, value in _fields(row_config(study, row)).items()
+    for field, value in _changed(row_config(study, row)).items()
     if field.startswith(("sampling.", "evaluation.", "model."))
   }
   return _hash(digest(study, row.branch), row.round, measured)

@@ -5,10 +5,12 @@ are raced (`race`) once, kept in a file, and every seed then takes the same
 steps.
 """
 
+import dataclasses
 from collections.abc import Collection
 from typing import Any
 
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from avd_jax import checkpoint
 from avd_jax.studies import race, steps, study_files
@@ -44,8 +46,25 @@ def settle(
           study_files.write_json(path, measure(study, branch.name, mesh))
     if path.exists():
       length = checkpoint.read_json(path)["steps"]
-      settled = study_lib.with_steps(settled, branch.name, length)
+      settled = with_steps(settled, branch.name, length)
   return settled
+
+
+def with_steps(study: Study, name: str, steps: int) -> Study:
+  """The study with a branch of another length, its schedule scaled alike."""
+  stage = study.branch(name).stage
+  scale = steps / stage.steps
+  warmup = round(scale * stage.warmup_steps)
+  decay = min(steps - warmup, round(scale * stage.decay_steps))
+  longer = ConfigDict(
+    stage.to_dict()
+    | dict(steps=steps, warmup_steps=warmup, decay_steps=max(0, decay))
+  )
+  branches = tuple(
+    dataclasses.replace(b, stage=longer) if b.name == name else b
+    for b in study.branches
+  )
+  return dataclasses.replace(study, branches=branches)
 
 
 def measure(study: Study, name: str, mesh: Mesh) -> dict[str, Any]:

@@ -43,6 +43,16 @@ KINDS = {
 }
 
 
+def slower():
+  """Detached resampling at a third of the learning rate.
+
+  A detached history learns nothing, but the weights that write it move on.
+  """
+  stage = STRATEGIES["continued"]("self_resampled", detached=True)
+  stage.learning_rate /= 3
+  return stage
+
+
 def get_study():
   continued = STRATEGIES["continued"]
   return Study(
@@ -58,8 +68,12 @@ def get_study():
         Branch(name, continued(history, **options), "warmup")
         for name, history, options in KINDS.values()
       ),
+      Branch("detached_slower", slower(), "warmup"),
     ),
-    rows=tuple(Row(label, name) for label, (name, *_) in KINDS.items()),
+    rows=(
+      *(Row(label, name) for label, (name, *_) in KINDS.items()),
+      Row("detached, a third of the rate", "detached_slower"),
+    ),
     baseline="teacher forcing",
     analysis="cost",
     claims=(

@@ -27,6 +27,9 @@ def get_study():
     suffix = "" if kind == "balls" else f"_{kind}"
     base_name = f"df_warmup{suffix}"
     changes = STRATEGIES["PLACES"][kind]
+    corrective = {"data.num_videos": 4096, "bagger.frames": 20}
+    if kind != "balls":  # their captions are long, reversed ones longer
+      corrective["data.text_length"] = 96
     branches += [
       Branch(base_name, warmup(FORCING), changes=changes),
       Branch(
@@ -39,7 +42,7 @@ def get_study():
         f"bagger{suffix}",
         continued("ground_truth", FORCING),
         base_name,
-        changes | {"data.num_videos": 4096, "bagger.frames": 20},
+        changes | corrective,
         rounds=3 if kind == "balls" else 2,
       ),
     ]
