@@ -3,10 +3,11 @@
   avd bagger --config configs/worlds_bagger.py --workdir runs/bagger
 
 Source: [BAgger Alg. 1], at the scale of a laptop: world and network of
-configs/worlds_tiny.py under diffusion forcing; in each round, half as many
-rollouts of 20 frames as there are seed videos, reversed; training restarts
-from the base. Where the paper has 7 chunks a clip and a drifted prefix of 4,
-clips here have 10 chunks and a prefix of 6. Hardware: 2 CPU cores. Expected:
+configs/worlds_tiny.py under diffusion forcing, half of the videos with clean
+context; in each round, half as many rollouts as there are seed videos,
+reversed; training restarts from the base. Where the paper has 7 chunks a clip
+and a drifted prefix of 4, clips here have 10 chunks and a prefix of 6.
+Hardware: 2 CPU cores. Expected:
 not measured yet.
 """
 
@@ -40,7 +41,8 @@ def get_config():
     config.stage[name] = base.stage(
       "ground_truth", steps, objective="diffusion_forcing", **schedule
     )
-  config.bagger.update(rounds=3, share=0.5, frames=20)
+  config.loss.clean_context = 0.5
+  config.bagger.update(rounds=3, share=0.5)
   config.evaluation.update(videos=96, given=4, frames=84, seed=2026)
   config.sampling.update(steps=8)
   return config

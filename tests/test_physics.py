@@ -207,6 +207,40 @@ def test_ball_recoloured_behind_the_bar_is_caught(turn):
   assert metrics["failed"].max() == 0
 
 
+def hiding(walk):
+  """The first frames behind the bar, and after it, of a walk [f 2]."""
+  hidden = np.abs(walk[:, 1] - 8) < 3
+  into = 1 + (~hidden[:-1] & hidden[1:]).argmax()
+  return into, into + (~hidden[into:]).argmax()
+
+
+def test_ball_that_comes_out_too_early_is_caught():
+  _, state = truth_of("occluder")
+  position = np.array(state["position"])
+  outs = []
+  for walk in position[:, :, 0]:
+    into, out = hiding(walk)
+    walk[into + 1 : into + 10] = walk[out : out + 9].copy()
+    outs.append(slice(into, into + 4))
+  metrics = measure("occluder", draw("occluder", state, position=position))
+  found = [metrics["violation"][i, out].max() for i, out in enumerate(outs)]
+  assert np.mean(found) > 0.7
+
+
+def test_ball_that_comes_out_elsewhere_is_caught():
+  _, state = truth_of("occluder")
+  position = np.array(state["position"])
+  far = []
+  for walk in position[:, :, 0]:
+    out = hiding(walk)[1]
+    far.append(np.abs(walk[out, 0] - 8) > 4)
+    walk[out:, 0] = 16 - walk[out:, 0]
+  metrics = measure("occluder", draw("occluder", state, position=position))
+  assert any(far)
+  assert (metrics["violation"].max(1) == 1)[far].all()
+  assert metrics["failed"].max() == 0
+
+
 @pytest.mark.parametrize("pace", [0.4, 1.8])
 def test_ball_that_changes_speed_is_caught(pace):
   _, state = truth_of("occluder")

@@ -13,7 +13,7 @@ from avd_jax.cli import main as cli
 from avd_jax.errors import UserError
 from avd_jax.evaluation import study_chart
 from avd_jax.studies import study as study_lib
-from avd_jax.studies import study_cost
+from avd_jax.studies import study_cost, study_keys
 
 ROOT = Path(__file__).parents[1]
 TOY = str(Path(__file__).parent / "studies" / "toy.py")
@@ -34,7 +34,7 @@ def test_every_study_is_sound(path):
   # Every model that is trained is shown, or is somebody's parent.
   used = {row.branch for row in study.rows} | {b.parent for b in study.branches}
   assert {b.name for b in study.branches} <= used
-  keys = [study_lib.row_key(study, row) for row in study.rows]
+  keys = [study_keys.row_key(study, row) for row in study.rows]
   assert len(set(keys)) == len(keys), "two rows are the same"
 
 
@@ -44,14 +44,14 @@ def test_studies_share_what_is_the_same():
     for name in ("strategies", "shift")
   )
   for branch in ("warmup", "teacher_forcing", "resampling"):
-    assert study_lib.digest(one, branch) == study_lib.digest(two, branch)
+    assert study_keys.digest(one, branch) == study_keys.digest(two, branch)
 
 
 def test_a_digest_is_of_what_weights_depend_on():
   raw = runpy.run_path(TOY)["get_study"]()
 
   def digest(*overrides, branch="teacher"):
-    return study_lib.digest(study_lib.resolve(raw, overrides), branch)
+    return study_keys.digest(study_lib.resolve(raw, overrides), branch)
 
   for same in (
     "sampling.steps=9", "evaluation.videos=1", "log.every=9", "seed=3",
@@ -74,7 +74,7 @@ def test_a_row_depends_on_how_it_is_sampled():
 
   def key(*overrides, row=2):
     study = study_lib.resolve(raw, overrides)
-    return study_lib.row_key(study, study.rows[row])
+    return study_keys.row_key(study, study.rows[row])
 
   assert len({key(row=i) for i in range(5)}) == 5
   for other in ("sampling.shift=2", "evaluation.videos=1", "loss.shift=2"):
@@ -88,10 +88,10 @@ def test_rounds_of_bagger_are_rows():
   labels = [row.label for row in two.rows]
   assert labels[-2:] == ["BAgger round 1", "BAgger round 2"]
   # Another round leaves those before it what they were.
-  assert study_lib.row_key(two, two.rows[4]) == study_lib.row_key(
+  assert study_keys.row_key(two, two.rows[4]) == study_keys.row_key(
     toy(), toy().rows[4]
   )
-  assert study_lib.row_key(two, two.rows[4]) != study_lib.row_key(
+  assert study_keys.row_key(two, two.rows[4]) != study_keys.row_key(
     two, two.rows[5]
   )
 

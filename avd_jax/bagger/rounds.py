@@ -68,6 +68,7 @@ def run(
   [BAgger Alg. 1]
   """
   config_lib.check(config, config.bagger.frames)
+  config_lib.check_bagger(config)
   for name in (BASE, ROUND):
     if name not in config.stage:
       raise UserError(f"the config has no stage {name!r}; BAgger trains it")

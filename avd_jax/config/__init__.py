@@ -23,7 +23,7 @@ from avd_jax.config.base import (
   to_json,
   typed,
 )
-from avd_jax.config.checks import HISTORIES, OBJECTIVES, check
+from avd_jax.config.checks import HISTORIES, OBJECTIVES, check, check_bagger
 from avd_jax.errors import UserError
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
   "OBJECTIVES",
   "WEIGHTLESS",
   "check",
+  "check_bagger",
   "default",
   "differences",
   "from_json",

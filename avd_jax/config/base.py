@@ -100,7 +100,8 @@ def default() -> ConfigDict:
         levels="logit_normal",  # or "uniform"
         shift=3.0,  # s of the training levels t^i
         text_dropout=0.1,
-        history_dropout=0.0,  # share of videos without any history
+        history_dropout=0.0,  # two streams: share of videos without history
+        clean_context=0.0,  # one stream: share of videos with given chunks
         skip_chunks=0,  # first chunks without loss
       ),
       optimizer=dict(

@@ -54,6 +54,7 @@ POSITIVE = (
 BELOW_ONE = (
   "loss.text_dropout",
   "loss.history_dropout",
+  "loss.clean_context",
   "sampling.context_noise",
   "bagger.prefix",
   "optimizer.ema",
@@ -129,7 +130,6 @@ def check(config: ConfigDict, frames: int = 0) -> None:
   if not config.stages:
     raise UserError("stages is empty; name at least one section of stage")
   _check_sampling(config)
-  _check_bagger(config, model.chunk_frames)
   for name in config.stages:
     if name not in config.stage:
       raise UserError(
@@ -226,8 +226,13 @@ def _check_sampling(config: ConfigDict) -> None:
     )
 
 
-def _check_bagger(config: ConfigDict, chunk_frames: int) -> None:
-  options = config.bagger
+def check_bagger(config: ConfigDict) -> None:
+  """Refuses settings that rounds of BAgger cannot work with.
+
+  Raises:
+    UserError: the first thing found.
+  """
+  options, chunk_frames = config.bagger, config.model.chunk_frames
   _one_of("bagger.restart", options.restart, ("base", "warm"))
   frames = options.frames or config.data.frames
   if frames % chunk_frames or frames < config.data.frames:

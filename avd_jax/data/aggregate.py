@@ -60,7 +60,10 @@ def write_json(path: Path, values: Any) -> None:
   """Writes a JSON file whole, or not at all."""
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(path.name + ".part")
-  part.write_text(json.dumps(values, indent=2) + "\n")
+  with part.open("w") as file:
+    file.write(json.dumps(values, indent=2) + "\n")
+    file.flush()
+    os.fsync(file.fileno())  # the name must not survive a crash without it
   part.replace(path)
 
 

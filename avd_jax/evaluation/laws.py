@@ -32,6 +32,8 @@ ENERGY_TOLERANCE = 0.35
 _THERE = 0.5
 _IN_VIEW = 0.5
 _WHOLE = 0.75
+# Frames that a ball may come out from behind the bar too early or too late.
+_LENIENT = 2
 # Pixels of liquid that must be seen where the truth has them.
 _WET = 8.0
 
@@ -148,7 +150,8 @@ def _occluder(seen: fitting.Fit, readable, state, config) -> Verdict:
   """The ball comes out in time, with the hue it went behind the bar with.
 
   It may be out of sight for as long as its speed takes it to the bar and across
-  from where it was seen last, and some frames more.
+  from where it was seen last, and two frames more; and it comes out where that
+  speed can have taken it, or two frames further.
   """
   disc = np.pi * config.radius**2
   there = (seen.strength[..., 1] >= _THERE) & readable
@@ -156,31 +159,34 @@ def _occluder(seen: fitting.Fit, readable, state, config) -> Verdict:
   left, right = scenes.bar_edges(config)
   across = np.abs(np.asarray(state["velocity"])[:, 0, 1])
   hue = objects.hue_of(seen.colour[..., 1, :])
-  x = seen.geometry[..., 1]
+  place = seen.geometry
   # What it was when it was seen last, and before it was hidden last. A video
   # may begin behind the bar.
-  last_x = np.asarray(state["position"])[:, 0, 0, 1].astype(np.float64)
-  last_hue = before = np.full(len(x), np.nan)
-  hidden = np.zeros(len(x))
-  absent, turned = np.zeros((2, *x.shape), bool)
-  for f in range(x.shape[1]):
+  last = np.asarray(state["position"])[:, 0, 0].astype(np.float64)
+  last_hue = before = np.full(len(last), np.nan)
+  hidden = np.zeros(len(last))
+  absent, turned, leapt = np.zeros((3, *clear.shape), bool)
+  for f in range(clear.shape[1]):
     now = clear[:, f]
+    far = np.linalg.norm(place[:, f] - last, axis=-1)
+    leap = far > config.speed * (hidden + 1 + _LENIENT)
+    leapt[:, f] = now & (hidden > 0) & leap
     before = np.where(now & (hidden > 0), last_hue, before)
     turned[:, f] = now & (_turn(hue[:, f], before) > HUE_TOLERANCE)
     hidden = np.where(now, 0, hidden + 1)
-    last_x = np.where(now, x[:, f], last_x)
+    last = np.where(now[:, None], place[:, f], last)
     last_hue = np.where(now, hue[:, f], last_hue)
-    way = np.maximum(np.maximum(left - last_x, last_x - right), 0)
+    way = np.maximum(np.maximum(left - last[:, 1], last[:, 1] - right), 0)
     early = across * hidden < way - 1
-    late = across * (hidden - 2) > way + right - left
+    late = across * (hidden - _LENIENT) > way + right - left
     absent[:, f] = ~now & (early | late)
-  speed_error = _speed_error(seen.geometry, clear, config)
+  speed_error = _speed_error(place, clear, config)
   wrong_speed = speed_error > SPEED_TOLERANCE * config.speed
-  apart = np.linalg.norm(seen.geometry - state["position"][:, :, 0], axis=-1)
+  apart = np.linalg.norm(place - state["position"][:, :, 0], axis=-1)
   hue_error = np.where(clear, _turn(hue, state["hue"]), 0.5 * absent)
   return Verdict(
     ~absent & _single(seen),
-    absent | turned | wrong_speed,
+    absent | turned | leapt | wrong_speed,
     hue_error,
     np.where(clear | absent, _state_error(apart, clear, config), 0),
   )

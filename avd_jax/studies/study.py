@@ -10,8 +10,6 @@ way. Everything a study can get wrong is refused here, before any compute;
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import re
 import runpy
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,15 +38,6 @@ SHOWN = {
 
 # The same for all rows of a study, or they could not be compared.
 _NOT_IN_ROWS = ("evaluation.",)
-# The same model may be trained with many seeds, from anywhere; a round of
-# BAgger does not know how many come after it.
-_SEEDS = ("seed", "data.seed")
-_NOT_IN_DIGEST = (
-  *config_lib.FREE,
-  *_SEEDS,
-  "init_from",
-  "bagger.rounds",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,10 +248,15 @@ def _check_names(study: Study) -> None:
     if row.branch not in names:
       raise UserError(f"row {row.label!r}: no branch {row.branch!r}; {known}")
   for branch in study.branches:
-    _ancestors(study, branch)
+    ancestors(study, branch)
 
 
-def _ancestors(study: Study, branch: Branch) -> list[str]:
+def ancestors(study: Study, branch: Branch) -> list[str]:
+  """A branch's name, its parent's, and so on.
+
+  Raises:
+    UserError: they go round in a circle.
+  """
   line = [branch.name]
   while branch.parent:
     if branch.parent in line:
@@ -276,6 +270,8 @@ def _check_branch(study: Study, branch: Branch) -> None:
   with _named(f"branch {branch.name}"):
     config = config_of(study, branch.name)
     config_lib.check(config)
+    if branch.rounds:
+      config_lib.check_bagger(config)
     if branch.rounds and not branch.parent:
       raise UserError("BAgger's base is its parent, and it has none")
     if branch.parent:
@@ -317,8 +313,8 @@ def _change(
     config_lib.override(config, arguments, may)
 
 
-def _remembered(function):
-  """Reading configs takes long, and a study stays what it is."""
+def remembered(function):
+  """Keeps what a function of (study, name) gave: configs take long to read."""
 
   @functools.wraps(function)
   def call(study, name):
@@ -339,7 +335,7 @@ def config_of(study: Study, name: str) -> ConfigDict:
   return config_lib.from_json(_values_of(study, name))
 
 
-@_remembered
+@remembered
 def _values_of(study: Study, name: str) -> dict[str, Any]:
   """The same as plain values."""
   branch, config = study.branch(name), _copy(study.config)
@@ -370,76 +366,6 @@ def row_config(study: Study, row: Row) -> ConfigDict:
   may = tuple(n for n in sampling.CHANGEABLE if n not in _NOT_IN_ROWS)
   _change(config, row.changes, may)
   return config
-
-
-def _fields(config: ConfigDict) -> dict[str, Any]:
-  """Every field of a config by its dotted name."""
-  flat: dict[str, Any] = {}
-
-  def visit(values, prefix):
-    for name, value in values.items():
-      if isinstance(value, dict):
-        visit(value, f"{prefix}{name}.")
-      else:
-        flat[prefix + name] = value
-
-  visit(config_lib.to_json(config), "")
-  return flat
-
-
-def _changed(config: ConfigDict) -> dict[str, Any]:
-  """Fields that differ from the defaults.
-
-  Only those, so that a field which configs learn to have later, and which
-  leaves things as they are, does not make another model of a trained one.
-  """
-  plain = config_lib.default()
-  stages = {name: config_lib.stage("", 0) for name in config.stage}
-  plain.stage = ConfigDict(stages)
-  defaults = _fields(plain)
-  return {
-    field: value
-    for field, value in _fields(config).items()
-    if field not in defaults or defaults[field] != value
-  }
-
-
-def _hash(*values: Any) -> str:
-  text = json.dumps(values, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-@_remembered
-def digest(study: Study, name: str) -> str:
-  """Eight hex digits of all that a branch's weights depend on but the seed."""
-  branch = study.branch(name)
-  origin = study.config.init_from
-  if branch.parent:
-    origin = digest(study, branch.parent)
-  free = (*_NOT_IN_DIGEST, "bagger.")
-  if branch.rounds:  # they are trained on rollouts
-    free = tuple(name for name in _NOT_IN_DIGEST if name != "sampling.")
-  fields = {
-    field: value
-    for field, value in _changed(config_of(study, name)).items()
-    if not field.startswith(free)
-  }
-  return _hash(fields, origin)
-
-
-def row_key(study: Study, row: Row) -> str:
-  """Eight hex digits of all that a row's numbers depend on but the seed."""
-  measured = {
-    field: value
-    for field, value in _changed(row_config(study, row)).items()
-    if field.startswith(("sampling.", "evaluation.", "model."))
-  }
-  return _hash(digest(study, row.branch), row.round, measured)
-
-
-def analysis_key(study: Study) -> str:
-  """The same of a study's analysis: it may look at every row."""
-  return _hash(study.analysis, [row_key(study, row) for row in study.rows])
 
 
 def slug(label: str) -> str:

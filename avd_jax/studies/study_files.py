@@ -20,6 +20,7 @@ from typing import Any
 
 from avd_jax import checkpoint
 from avd_jax.studies import study as study_lib
+from avd_jax.studies import study_keys
 from avd_jax.studies.study import Row, Study
 
 
@@ -42,7 +43,7 @@ class Files:
 
   def run(self, study: Study, branch: str, seed: int) -> Path:
     """The training workdir of a branch."""
-    name = f"{branch}-{study_lib.digest(study, branch)}"
+    name = f"{branch}-{study_keys.digest(study, branch)}"
     return self.workdir / "runs" / name / f"seed_{seed}"
 
   def row(self, row: Row, seed: int) -> Path:
@@ -55,7 +56,7 @@ class Files:
 
     Its digest is that of the branch before its steps are known.
     """
-    name = f"{branch}-{study_lib.digest(study, branch)}"
+    name = f"{branch}-{study_keys.digest(study, branch)}"
     return self.place / f"cost-{name}.json"
 
   def analysis(self, seed: int) -> Path:
@@ -65,13 +66,13 @@ class Files:
   def measured(self, study: Study, row: Row) -> dict[int, dict[str, Any]]:
     """What was measured of a row as it is defined now, by seed."""
     pattern = f"rows/{study_lib.slug(row.label)}-seed_*.json"
-    return self._by_seed(pattern, study_lib.row_key(study, row))
+    return self._by_seed(pattern, study_keys.row_key(study, row))
 
   def analysed(self, study: Study) -> dict[int, dict[str, Any]]:
     """What the analysis gave of the rows as they are now, by seed."""
     if not study.analysis:
       return {}
-    return self._by_seed("analysis-seed_*.json", study_lib.analysis_key(study))
+    return self._by_seed("analysis-seed_*.json", study_keys.analysis_key(study))
 
   def _by_seed(self, pattern: str, key: str) -> dict[int, dict[str, Any]]:
     every = [checkpoint.read_json(path) for path in self.place.glob(pattern)]

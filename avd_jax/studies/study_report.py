@@ -148,7 +148,7 @@ def _json(
     other = found.get(study.reference(row), {})
     first = next(iter(measured.values()))
     same = ("label", "branch", "digest", "round", "changes", "steps")
-    each = ("train_seconds", "ms_per_step", "rollout_seconds", "device", "date")
+    each = ("device", "date")
     rows.append(
       {name: first[name] for name in same}
       | {"seeds": list(measured)}
@@ -236,15 +236,16 @@ def _tables(study: Study, found: Mapping[str, Rows]) -> list[str]:
     for columns in (DRIFT, CONTENT)
   ]
   lines = [
-    "Means (lowest to highest seed). Drift is the last third's; training is the"
-    " row's own, after its parent's, and of BAgger all rounds so far.",
+    "Means (lowest to highest seed): the range is that of trainings, all of"
+    " them measured on the same videos with the same noise. Drift is the last"
+    " third's. A model that forgets its video has few failed frames: read them"
+    " with PSNR and background error. Steps are those of the row's own stage.",
     "",
   ]
-  for columns, cost in zip(shown, (False, True), strict=True):
-    heads = [c.label for c in columns]
-    heads += ["seeds", "steps", "train (s)", "ms/step", "roll out (s)"] * cost
+  for columns, last in zip(shown, (False, True), strict=True):
+    heads = [c.label for c in columns] + ["seeds", "steps"] * last
     body = [
-      [label, *(_cell(m, c) for c in columns)] + _cost(found[label]) * cost
+      [label, *(_cell(m, c) for c in columns)] + _size(found[label]) * last
       for label, m in summaries.items()
     ]
     lines += _table(["row", *heads], body)
@@ -277,7 +278,8 @@ def _compared(
     if not body:
       continue
     lines += [
-      f"Against {reference}, seed by seed: times it (×), or the difference.",
+      f"Against {reference}: the ratio of the means (×), or the mean"
+      " difference (lowest to highest, seed by seed).",
       "",
       *_table(["row", *(c.label for c in columns)], body),
     ]
@@ -316,19 +318,8 @@ def _against_cell(spread: list[float] | None, column: Column) -> str:
   return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def _cost(rows: Rows) -> list[str]:
-  mean = lambda name: statistics.fmean(
-    m[name] for m in rows.values() if m[name] is not None
-  )
-  first = next(iter(rows.values()))
-  timed = any(m["ms_per_step"] is not None for m in rows.values())
-  return [
-    str(len(rows)),
-    str(first["steps"]),
-    f"{mean('train_seconds'):.0f}",
-    f"{mean('ms_per_step'):.1f}" if timed else "–",
-    f"{mean('rollout_seconds'):.0f}",
-  ]
+def _size(rows: Rows) -> list[str]:
+  return [str(len(rows)), str(next(iter(rows.values()))["steps"])]
 
 
 def _shown(study: Study, every: Sequence[Mapping[str, Any]]) -> dict[str, str]:

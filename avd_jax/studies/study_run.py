@@ -8,11 +8,7 @@ branch and seed the second waits.
 import dataclasses
 import datetime
 import functools
-import json
-import statistics
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from avd_jax import checkpoint, parallel, sampling
+from avd_jax import config as config_lib
 from avd_jax.bagger import rounds
 from avd_jax.bagger.rollouts import Rollouts
 from avd_jax.errors import UserError
@@ -30,6 +27,7 @@ from avd_jax.studies import (
   rollouts,
   study_cost,
   study_files,
+  study_keys,
   study_report,
 )
 from avd_jax.studies import study as study_lib
@@ -64,22 +62,21 @@ class Runner:
     """
     branch, study = self.study.branch(name), self.study
     run = self.files.run(study, name, seed)
+    config = _seeded(study, name, seed)
     if done := _finished(run, max(1, branch.rounds)):
+      _check_same(run, config)
       return done
-    config = study_lib.config_of(study, name)
-    config.seed = config.data.seed = seed
     if branch.parent:
       parent = self.train(branch.parent, seed)[-1]
       config.init_from = str(parent.resolve())
     with study_files.alone(run, f"trains {name}, seed {seed}"):
       if done := _finished(run, max(1, branch.rounds)):
         return done
-      with _stopwatch(run):
-        if branch.rounds:
-          done = rounds.run(config, run, self.mesh)
-        else:
-          loop.train(config, run, self.mesh)
-          done = [run]
+      if branch.rounds:
+        done = rounds.run(config, run, self.mesh)
+      else:
+        loop.train(config, run, self.mesh)
+        done = [run]
       _finish(run, done)
     return done
 
@@ -102,26 +99,17 @@ class Runner:
     config = study_lib.row_config(study, row)
     prompts = self.prompts(config)
     sampler = dataclasses.replace(sampling.load(last), config=config)
-    start = time.perf_counter()
     video = rollouts.roll_out(sampler, prompts, row.label)
-    seconds = time.perf_counter() - start
     metrics = rollouts.measure(video, prompts)
-    run = self.files.run(study, row.branch, seed)
-    train_seconds = checkpoint.read_json(run / "study.json")["seconds"]
-    if row.round:
-      train_seconds = _rounds_seconds(trained[: row.round])
     return {
       "label": row.label,
       "seed": seed,
-      "key": study_lib.row_key(study, row),
+      "key": study_keys.row_key(study, row),
       "branch": row.branch,
-      "digest": study_lib.digest(study, row.branch),
+      "digest": study_keys.digest(study, row.branch),
       "round": row.round,
       "changes": {name: str(value) for name, value in row.changes.items()},
       "steps": branch.stage.steps,
-      "train_seconds": train_seconds,
-      "ms_per_step": _ms_per_step(last),
-      "rollout_seconds": seconds,
       "given": prompts.given,
       "train_frames": config.data.frames,
       "summary": rollouts.summarize(metrics, prompts),
@@ -143,7 +131,7 @@ class Runner:
     )
     return {
       "seed": seed,
-      "key": study_lib.analysis_key(study),
+      "key": study_keys.analysis_key(study),
       "values": analyses.ANALYSES[study.analysis].measure(subject),
       **self.about,
     }
@@ -180,9 +168,9 @@ def run(
     parallel.check_batch(
       config.data.batch_size, config.optimizer.accumulation, mesh
     )
-    if branch.rounds:
-      store = files.run(study, branch.name, seeds[0]) / "store"
-      Rollouts(config, store).check()
+    for seed in seeds if branch.rounds else ():
+      store = files.run(study, branch.name, seed) / "store"
+      Rollouts(_seeded(study, branch.name, seed), store).check()
   wanted = {row.branch for row in rows}
   settled = study_cost.settle(study, files, mesh, wanted)
   runner = Runner(settled, files, mesh, about)
@@ -223,40 +211,43 @@ def _finished(run: Path, count: int) -> list[Path]:
 
 
 def _finish(run: Path, trained: Sequence[Path]) -> None:
-  values = checkpoint.read_json(run / "study.json")
-  values["trained"] = [
-    str(path.resolve().relative_to(run.resolve())) for path in trained
-  ]
-  study_files.write_json(run / "study.json", values)
+  names = [str(path.resolve().relative_to(run.resolve())) for path in trained]
+  study_files.write_json(run / "study.json", {"trained": names})
 
 
-@contextmanager
-def _stopwatch(run: Path) -> Iterator[None]:
-  """Adds the time spent inside to the run's, whether it ends well or not."""
-  path = run / "study.json"
-  before = checkpoint.read_json(path)["seconds"] if path.exists() else 0.0
-  start = time.perf_counter()
-  try:
-    yield
-  finally:
-    spent = time.perf_counter() - start
-    study_files.write_json(path, {"seconds": before + spent})
+def _seeded(study: Study, name: str, seed: int) -> ConfigDict:
+  """What a branch trains with in repetition `seed`, but for `init_from`."""
+  config = study_lib.config_of(study, name)
+  config.seed = config.data.seed = study_keys.own_seed(study, name, seed)
+  return config
 
 
-def _rounds_seconds(trained: Sequence[Path]) -> float:
-  """What rounds of BAgger took, rollouts and trainings."""
-  manifests = [path.parent / "manifest.json" for path in trained]
-  return sum(
-    sum(checkpoint.read_json(path)["seconds"].values()) for path in manifests
-  )
+def _check_same(run: Path, config: ConfigDict) -> None:
+  """Refuses a finished run that other values made, by its own record.
+
+  Its digest does not tell: a default that has changed since is in neither.
+  """
+  old = checkpoint.read_json(run / "config.json")
+  new = config_lib.to_json(config)
+  shared = _shared(new, old)
+  free = (*config_lib.FREE, "init_from", "bagger.rounds")
+  changed = config_lib.differences(_shared(old, shared), shared, free=free)
+  if changed:
+    raise UserError(
+      f"{run} was trained with other values ({'; '.join(changed[:5])}); move"
+      " it away to train it anew"
+    )
 
 
-def _ms_per_step(run: Path) -> float | None:
-  """The median over a run's logged intervals but the first, which compiles."""
-  path = run / "metrics.jsonl"
-  lines = path.read_text().splitlines() if path.exists() else []
-  speeds = [json.loads(line)["steps_per_second"] for line in lines[1:]]
-  return 1e3 / statistics.median(speeds) if speeds else None
+def _shared(values: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+  """The part of a tree of values whose names another tree has too."""
+  return {
+    name: _shared(value, other[name])
+    if isinstance(value, dict) and isinstance(other[name], dict)
+    else value
+    for name, value in values.items()
+    if name in other
+  }
 
 
 def _by_frame(metrics: FrameMetrics) -> dict[str, list[float]]:

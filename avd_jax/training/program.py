@@ -111,7 +111,9 @@ class Program:
       skip_chunks=config.skip_chunks,
     )
     if stage.objective == "diffusion_forcing":
-      return diffusion_forcing.diffusion_forcing(denoiser, levels, **shared)
+      return diffusion_forcing.diffusion_forcing(
+        denoiser, levels, clean_context=config.clean_context, **shared
+      )
     history = histories.with_dropout(
       self._history(stage, denoiser), config.history_dropout
     )

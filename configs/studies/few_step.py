@@ -4,8 +4,10 @@
 
 The resampling model of configs/studies/strategies.py goes on for 300 steps,
 either as before or with the consistency objective under the same histories
-(algorithms/consistency.py); no other model is involved. Both are then sampled
-with fewer and fewer steps. Hardware: 2 CPU cores. Expected: not measured yet.
+(algorithms/consistency.py); no other model is involved. Both take as many
+steps, not as much time: a consistency step has two more forward passes. Both
+are then sampled with fewer and fewer solver steps. Hardware: 2 CPU cores.
+Expected: not measured yet.
 """
 
 import runpy

@@ -3,8 +3,9 @@
   avd study reversal --workdir runs/studies
 
 A reversible world (a ball that bounces) and two irreversible ones (a glass that
-fills, a drop of ink that spreads): in each, diffusion forcing and two rounds of
-BAgger on top of it, whose corrective clips run backwards in time. A violation
+fills, a drop of ink that spreads): in each, diffusion forcing (half of its
+videos with clean context, as BAgger's prefix is) and two rounds of BAgger on
+top of it, whose corrective clips run backwards in time. A violation
 of the world's law (speed kept; level never falling; width never shrinking) is
 counted frame by frame. Hardware: 2 CPU cores. Expected: not measured yet.
 """
@@ -25,15 +26,15 @@ def get_study():
   for kind in ("balls", "pour", "ink"):
     # The ball's models are those of configs/studies/strategies.py.
     suffix = "" if kind == "balls" else f"_{kind}"
-    base_name = f"df_warmup{suffix}"
-    changes = STRATEGIES["PLACES"][kind]
-    corrective = {"data.num_videos": 4096, "bagger.frames": 20}
+    base_name = f"df_clean_warmup{suffix}"
+    changes = STRATEGIES["PLACES"][kind] | {"loss.clean_context": 0.5}
+    corrective = {"data.num_videos": 4096}
     if kind != "balls":  # their captions are long, reversed ones longer
       corrective["data.text_length"] = 96
     branches += [
       Branch(base_name, warmup(FORCING), changes=changes),
       Branch(
-        f"{FORCING}{suffix}",
+        f"df_clean{suffix}",
         continued("ground_truth", FORCING),
         base_name,
         changes,
@@ -48,7 +49,7 @@ def get_study():
     ]
     against = f"{kind}: diffusion forcing"
     rows += [
-      Row(against, f"{FORCING}{suffix}"),
+      Row(against, f"df_clean{suffix}"),
       *(
         Row(
           f"{kind}: BAgger round {k}",
