@@ -5,7 +5,8 @@
 Source: [RF Fig. 6], at the scale of a laptop: resampling from the warm-up of
 configs/studies/strategies.py, which is trained once for both. One thing differs
 at a time from shift 0.1, all videos degraded after a random clean prefix, the
-level untold. Hardware: 2 CPU cores. Expected: not measured yet.
+level untold. Plain noise stands beside it, at the same levels. Hardware: 2 CPU
+cores. Expected: not measured yet.
 """
 
 import runpy
@@ -16,10 +17,18 @@ from avd_jax.studies.study import Branch, Row, Study
 
 STRATEGIES = runpy.run_path(str(Path(__file__).with_name("strategies.py")))
 
+NOISE = (0.02, 0.3, 0.6)  # besides that of configs/studies/strategies.py
+
 
 def resampled(name, **degradation):
   """A branch that differs from `resampling` in its degradation."""
   stage = STRATEGIES["continued"]("self_resampled", **degradation)
+  return Branch(name, stage, "warmup")
+
+
+def noised(name, shift):
+  """A branch with plain noise on its history, at levels of the same law."""
+  stage = STRATEGIES["continued"]("noise_augmented", shift=shift)
   return Branch(name, stage, "warmup")
 
 
@@ -43,6 +52,8 @@ def get_study():
       ),
       resampled("resampling"),
       *(resampled(name, shift=shift) for name, shift in shifts.items()),
+      noised("noise_untold", 0.1),
+      *(noised(f"noise_{shift:g}".replace(".", "_"), shift) for shift in NOISE),
       resampled("share_0_25", share=0.25),
       resampled("share_0_5", share=0.5),
       resampled("fixed_prefix", random_prefix=False),
@@ -52,6 +63,11 @@ def get_study():
       Row("teacher forcing", "teacher_forcing"),
       Row("s = 0.1", "resampling"),
       *(Row(f"s = {shift:g}", name) for name, shift in shifts.items()),
+      Row("noise, s = 0.1", "noise_untold"),
+      *(
+        Row(f"noise, s = {shift:g}", f"noise_{shift:g}".replace(".", "_"))
+        for shift in NOISE
+      ),
       Row("a quarter of the videos", "share_0_25"),
       Row("half of the videos", "share_0_5"),
       Row("clean prefix 1", "fixed_prefix"),
