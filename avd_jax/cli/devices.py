@@ -1,17 +1,31 @@
 """Devices: the one place that asks which there are.
 
-Several processes form one training run where the environment says so: under
-SLURM jax finds them itself; elsewhere AVD_COORDINATOR (host:port),
-AVD_NUM_PROCESSES and AVD_PROCESS_ID name them (`launch/local.sh` sets these).
+Several processes form one training run where the environment says so:
+
+  AVD_COORDINATOR, AVD_NUM_PROCESSES, AVD_PROCESS_ID
+      host:port of process 0, how many there are, and which this one is
+      (`launch/local.sh` and others of launch/ set these)
+  AVD_COORDINATOR=auto
+      jax finds all three itself: on TPU slices, from their metadata
+  SLURM_NTASKS, where it is more than 1
+      the same, from what srun tells each task
+
+AVD_TIMEOUT is how many seconds they wait for each other, 300 if not set.
 """
 
+import json
 import os
+import re
+import socket
+import threading
 from pathlib import Path
 
 import jax
+from jax._src import distributed  # its store has no public name
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from avd_jax import config as config_lib
 from avd_jax import parallel
 from avd_jax.errors import UserError
 
@@ -26,8 +40,8 @@ def start(several: bool = False) -> None:
     several: the program knows how to be one of several processes.
 
   Raises:
-    UserError: only some of the AVD_ variables are set, or not to numbers; or
-      they are, and the program works alone.
+    UserError: only some of the AVD_ variables are set, or to nonsense; or they
+      are, and the program works alone; or the others cannot be reached.
   """
   cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE))
   jax.config.update("jax_compilation_cache_dir", cache)
@@ -37,29 +51,180 @@ def start(several: bool = False) -> None:
       "only `avd train` and `avd bagger` run as several processes; unset"
       f" {', '.join(given)}"
     )
-  if not given:
-    if several and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-      jax.distributed.initialize()
+  if not several:
     return
+  if given == {"AVD_COORDINATOR": "auto"}:
+    _join(local_device_ids=slurm_devices())
+  elif given:
+    address, count, index = _place(given)
+    # Whatever else this machine belongs to: these are the processes.
+    _join(address, count, index, cluster_detection_method="deactivate")
+  elif int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+    _join(local_device_ids=slurm_devices())
+
+
+def _place(given: dict[str, str]) -> tuple[str, int, int]:
+  """The coordinator, how many processes, and which this is."""
+  if given.get("AVD_COORDINATOR") == "auto":
+    raise UserError(
+      "AVD_COORDINATOR=auto finds the others itself; unset"
+      f" {', '.join(VARIABLES[1:])}"
+    )
   missing = [name for name in VARIABLES if name not in given]
   if missing:
     raise UserError(
       f"{', '.join(given)} set but not {', '.join(missing)}: a process of"
       " several needs all three"
     )
+  address = given["AVD_COORDINATOR"]
+  if not re.fullmatch(r".+:\d+", address):
+    raise UserError(f"AVD_COORDINATOR={address} is not host:port")
   try:
     count, index = (int(given[name]) for name in VARIABLES[1:])
   except ValueError as error:
     raise UserError(
       f"AVD_NUM_PROCESSES and AVD_PROCESS_ID must be numbers: {error}"
     ) from error
-  jax.distributed.initialize(given["AVD_COORDINATOR"], count, index)
+  if not 0 <= index < count:
+    raise UserError(
+      f"AVD_PROCESS_ID={index} is not one of AVD_NUM_PROCESSES={count}:"
+      " they count from 0"
+    )
+  if index == 0:
+    try:
+      socket.create_server(("", int(address.rpartition(":")[2]))).close()
+    except (OSError, OverflowError) as error:
+      raise UserError(
+        f"process 0 cannot listen at AVD_COORDINATOR={address} ({error});"
+        " is another process 0 running here?"
+      ) from error
+  return address, count, index
+
+
+def slurm_devices() -> list[int] | None:
+  """This SLURM task's GPUs, where jax would take others.
+
+  jax gives the n-th task of a node the n-th GPU in sight. But the only task of
+  a node drives them all, and one that SLURM has bound to a GPU sees no other.
+
+  Returns:
+    Their numbers among those in sight; None where jax is right.
+  """
+  visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+  if not visible or "JAX_LOCAL_DEVICE_IDS" in os.environ:
+    return None
+  count = len(visible.split(","))
+  # As "1(x4)" or "8(x2),4".
+  tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+  alone = set(re.sub(r"\(x\d+\)", "", tasks).split(",")) == {"1"}
+  return list(range(count)) if alone or count == 1 else None
+
+
+def _seconds() -> int:
+  text = os.environ.get("AVD_TIMEOUT", "300")
+  if not re.fullmatch(r"[1-9]\d*", text):
+    raise UserError(f"AVD_TIMEOUT={text} is not a number of seconds above 0")
+  return int(text)
+
+
+def _join(*place, **options) -> None:
+  """jax.distributed.initialize, with an error where jax ends the program."""
+  seconds = _seconds()
+  # It would swallow each SIGTERM until training has a handler of its own.
+  jax.config.update("jax_enable_preemption_service", False)
+  failures = []
+
+  def initialize():
+    try:
+      # Later than we give up: jax would kill the process.
+      jax.distributed.initialize(
+        *place, **options, initialization_timeout=seconds + 60
+      )
+    except Exception as error:
+      failures.append(error)
+
+  joining = threading.Thread(target=initialize, daemon=True)
+  joining.start()
+  joining.join(seconds)
+  if failures:
+    raise UserError(
+      f"jax finds no other processes from here ({failures[0]}); under SLURM"
+      " start it with srun, on a TPU slice on all of its hosts, elsewhere set"
+      f" {', '.join(VARIABLES)}"
+    ) from failures[0]
+  if joining.is_alive():
+    raise UserError(_who_is_missing(seconds))
+
+
+def _who_is_missing(seconds: int) -> str:
+  state = distributed.global_state
+  address, count = state.coordinator_address, state.num_processes
+  if address is None:
+    return f"no coordinator was found within {seconds} s (AVD_TIMEOUT)"
+  this = f"process {state.process_id} of {count}"
+  host, _, port = address.rpartition(":")
+  try:
+    socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+  except OSError:
+    return (
+      f"{this}: nothing answered at {address} within {seconds} s"
+      " (AVD_TIMEOUT); is process 0 running there, and may this machine reach"
+      " that port?"
+    )
+  return (
+    f"{this}: not all {count} processes came to {address} within {seconds} s"
+    " (AVD_TIMEOUT); did all of them start?"
+  )
+
+
+def agree(config: ConfigDict) -> None:
+  """Makes sure that all processes run the same config, before any compiles.
+
+  Otherwise they would wait for each other in different programs, for good.
+
+  Raises:
+    UserError: in every process, naming those that differ from process 0, and
+      in which fields.
+  """
+  if not jax.distributed.is_initialized():
+    return
+  state = distributed.global_state
+  client, index = state.client, state.process_id
+  wait = _seconds() * 1000
+  mine = {"jax": jax.__version__, "config": config_lib.to_json(config)}
+  if index == 0:
+    client.key_value_set("avd/first", json.dumps(mine))
+  first = json.loads(client.blocking_key_value_get("avd/first", wait))
+  lines = config_lib.differences(first, mine, free=())
+  client.key_value_set(f"avd/differs/{index}", "; ".join(lines[:5]))
+  client.wait_at_barrier("avd/agree", wait)
+  found = dict(client.key_value_dir_get("avd/differs/"))
+  differing = [
+    f"process {key.rpartition('/')[2]}: {text}"
+    for key, text in sorted(found.items())
+    if text
+  ]
+  if differing:
+    raise UserError(
+      "all processes must run the same command, but these differ from process"
+      f" 0 ({' | '.join(differing[:5])})"
+    )
 
 
 def mesh(config: ConfigDict) -> Mesh:
-  """The config's mesh over all devices."""
+  """The config's mesh over all devices.
+
+  Raises:
+    UserError: sizes that do not fit; one host of several, started alone.
+  """
+  devices = jax.devices()
+  if jax.process_count() > 1 and not jax.distributed.is_initialized():
+    raise UserError(
+      f"this is one of {jax.process_count()} hosts of a TPU slice: set"
+      " AVD_COORDINATOR=auto on all of them"
+    )
   shape = [config.mesh[axis] for axis in parallel.AXES]
-  return parallel.make_mesh(jax.devices(), shape)
+  return parallel.make_mesh(devices, shape)
 
 
 def platform() -> str:
