@@ -10,7 +10,7 @@ their own objective; BAgger is also put on top of teacher forcing. Its clips are
 rollouts of a clip's length, as in the paper: 4 of 10 chunks take loss, the last
 of them real; of longer rollouts, windows are cut. Every round adds 2048 of them
 to 4096 seed clips, where other branches draw from a million. Hardware: 2 CPU
-cores. Expected: not measured yet.
+cores, 35 minutes a seed on one of them. Expected: docs/evidence/strategies.md.
 """
 
 from pathlib import Path
@@ -150,5 +150,17 @@ def get_study():
       " resampling 88.01, 62.51, 24.51; autoregressive resampling 90.46, 64.25,"
       " 25.26. Reported by BAgger (50 s, drift of imaging quality, lower is"
       " better): diffusion forcing 7.34; rounds 1, 2, 3: 11.83, 5.92, 3.57."
+    ),
+    found=(
+      "At levels of one law, plain noise on the history, untold, mended as much"
+      " drift as resampling or more, at the same PSNR; parallel resampling and"
+      " the error bank came between them and teacher forcing, telling the level"
+      " or detaching the cache undid the gain: the order of Table 2 does not"
+      " reproduce at this scale, and which levels were used matters more here"
+      " than which errors. BAgger left fewer failed frames on top of teacher"
+      " forcing in its first round, but the same drift of colour; on top of"
+      " diffusion forcing with clean context, which does not drift but misplaces"
+      " the ball from the first frame, it had nothing to mend and made things"
+      " slightly worse."
     ),
   )
