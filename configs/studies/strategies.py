@@ -159,8 +159,8 @@ def get_study():
       " reproduce at this scale, and which levels were used matters more here"
       " than which errors. BAgger left fewer failed frames on top of teacher"
       " forcing in its first round, but the same drift of colour; on top of"
-      " diffusion forcing with clean context, which does not drift but misplaces"
-      " the ball from the first frame, it had nothing to mend and made things"
-      " slightly worse."
+      " diffusion forcing with clean context, which does not drift but"
+      " misplaces the ball from the first frame, it had nothing to mend and"
+      " made things slightly worse."
     ),
   )
