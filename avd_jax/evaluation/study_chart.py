@@ -69,7 +69,11 @@ def frontier(
     f"{i + 1}  {row}{'  (baseline)' * (row in marked)}"
     for i, row in enumerate(points)
   ]
-  size = min(9.0, 4.0 * 72 / 1.5 / max(1, len(words)))
+  # Bold letters are about .62 of their size wide.
+  longest = max((len(line) for line in words), default=1)
+  size = min(
+    9.0, 4.0 * 72 / 1.5 / max(1, len(words)), 2.9 * 72 / (0.62 * longest)
+  )
   for i, line in enumerate(words):
     figure.text(
       1 - 2.95 / figure.get_figwidth(),

@@ -157,10 +157,10 @@ def get_study():
       " the error bank came between them and teacher forcing, telling the level"
       " or detaching the cache undid the gain: the order of Table 2 does not"
       " reproduce at this scale, and which levels were used matters more here"
-      " than which errors. BAgger left fewer failed frames on top of teacher"
-      " forcing in its first round, but the same drift of colour; on top of"
-      " diffusion forcing with clean context, which does not drift but"
-      " misplaces the ball from the first frame, it had nothing to mend and"
-      " made things slightly worse."
+      " than which errors. BAgger's first round on top of teacher forcing left"
+      " the fewest failed frames among the models with content, and all of the"
+      " drift of colour; on top of diffusion forcing with clean context, which"
+      " does not drift but misplaces the ball from the first frame, it had"
+      " nothing to mend and made things slightly worse."
     ),
   )
