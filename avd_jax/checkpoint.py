@@ -72,8 +72,10 @@ class Checkpoints:
       name: ocp.args.StandardRestore(jax.tree.map(placed, {name: target}))
       for name, target in targets.items()
     }
+    # What holds nothing was not saved.
+    args = {n: a for n, a in args.items() if jax.tree.leaves(targets[n])}
     restored = self._restore(step, args)
-    return {name: restored[name][name] for name in targets}
+    return targets | {name: restored[name][name] for name in args}
 
   def _restore(self, step: int, args: dict[str, Any]) -> Any:
     try:
