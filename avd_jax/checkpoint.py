@@ -44,7 +44,8 @@ class Checkpoints:
       return
     # In a dict of one: orbax refuses a tree that is a single array.
     trees = {
-      name: ocp.args.StandardSave({name: tree}) for name, tree in items.items()
+      name: ocp.args.StandardSave({name: tree})
+      for name, tree in _held(items).items()
     }
     args = ocp.args.Composite(record=ocp.args.JsonSave(record), **trees)
     self._manager.save(step, args=args)
@@ -70,10 +71,8 @@ class Checkpoints:
 
     args = {
       name: ocp.args.StandardRestore(jax.tree.map(placed, {name: target}))
-      for name, target in targets.items()
+      for name, target in _held(targets).items()
     }
-    # What holds nothing was not saved.
-    args = {n: a for n, a in args.items() if jax.tree.leaves(targets[n])}
     restored = self._restore(step, args)
     return targets | {name: restored[name][name] for name in args}
 
@@ -97,6 +96,11 @@ class Checkpoints:
   def close(self) -> None:
     self.wait()
     self._manager.close()
+
+
+def _held(items: dict[str, Any]) -> dict[str, Any]:
+  """The trees that hold anything; orbax refuses an empty one."""
+  return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
 
 
 def open_existing(workdir: str | Path) -> tuple[Checkpoints, int]:

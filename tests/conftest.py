@@ -1,5 +1,6 @@
 """What every test shares: eight CPU devices, checked types, a compile cache."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -24,7 +25,9 @@ import chex  # noqa: E402
 
 chex.set_n_cpu_devices(8)
 
+import jax  # noqa: E402
 import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
 # Shapes and types are checked here and nowhere else: a user pays nothing.
@@ -32,3 +35,12 @@ jaxtyping.install_import_hook("avd_jax", "typecheck.check")
 
 if not flags.FLAGS.is_parsed():
   flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_end_with_their_file():
+  """Compiled programs are let go: each is a dozen memory maps, and a process
+  that reaches the kernel's limit of 65,530 dies without a word."""
+  yield
+  jax.clear_caches()
+  gc.collect()

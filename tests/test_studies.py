@@ -129,6 +129,13 @@ def shared():
     yield
 
 
+@pytest.fixture(autouse=True)
+def _programs_end_with_their_study():
+  """As tests/conftest.py does after a file: this one would fill a process."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
   """One for all: studies share what they train alike."""

@@ -118,9 +118,8 @@ def train(
     _claim(workdir, config, checkpoints.record(step) if step else None)
     plan = stretches(config)
     if step:
-      items = program.abstract_state()._asdict()
-      saved = checkpoints.restore(step, _held(items))
-      state = TrainState(**items | saved)
+      target = program.abstract_state()._asdict()
+      state = TrainState(**checkpoints.restore(step, target))
     else:
       given = initial_weights(config, program)
       source = pipeline.make_source(data)  # wrong data: before any compute
@@ -181,11 +180,6 @@ def initial_weights(config: ConfigDict, program: Program) -> Params | None:
       )
     target = program.abstract_state().ema
     return checkpoints.restore(step, {"ema": target})["ema"]
-
-
-def _held(items: dict[str, Any]) -> dict[str, Any]:
-  """The parts of a state that hold anything: most have an empty memory."""
-  return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
 
 
 @dataclasses.dataclass
@@ -277,4 +271,4 @@ class _Run:
       "config": config_lib.to_json(self.program.config),
       "metrics": writer.flush() if writer else [],
     }
-    self.checkpoints.save(step, _held(state._asdict()), record)
+    self.checkpoints.save(step, state._asdict(), record)
