@@ -14,14 +14,77 @@ from avd_jax.errors import UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
 
-# Logical axis of a parameter -> mesh axis. What is not here is replicated.
+# Logical axis -> mesh axes: all that is sharded. What is not here is whole on
+# every device. The optimizer's state and the EMA follow their parameters.
 RULES = (
-  ("embed", "fsdp"),
-  ("heads", "tensor"),
-  ("mlp", "tensor"),
+  # Parameters.
+  ("embed", "fsdp"),  # the model's width, where it is a parameter's
+  ("heads", "tensor"),  # the width seen as heads; and heads themselves
+  ("mlp", "tensor"),  # the feed-forward's width
+  ("vocab", "tensor"),
+  # Activations, and the KV cache.
+  ("batch", ("data", "fsdp")),  # videos
+  ("tokens", "context"),  # of every chunk
 )
+# What activations look like, by logical axes.
+TOKENS = ("batch", None, "tokens", None)  # [b n s e]
+HEADS = ("batch", None, "tokens", "heads", None)  # [b n s a d]
+MEANS = ("batch", None, "heads", None)  # [b n a d]
+
+
+def spec(names: Sequence[str | None]) -> PartitionSpec:
+  """Logical axes as mesh axes."""
+  rules = dict(RULES)
+  return PartitionSpec(*(rules.get(name) for name in names))
+
+
+SIZES = {  # what they are called, and where they come from
+  "batch": ("videos", "data.batch_size"),
+  "tokens": (
+    "tokens of a chunk",
+    "data.height, data.width or model.chunk_frames",
+  ),
+  "heads": ("attention heads", "model.num_heads"),
+}
 # The batch of videos is split over every device that holds its own examples.
-BATCH = PartitionSpec(("data", "fsdp"))
+BATCH = spec(("batch",))
+
+
+def check_divides(mesh: Mesh, **sizes: int) -> None:
+  """Refuses sizes, by logical axis, that a mesh does not cut evenly.
+
+  Raises:
+    UserError: naming the size, the mesh axes and what to change.
+  """
+  for name, size in sizes.items():
+    axes = dict(RULES)[name]
+    axes = (axes,) if isinstance(axes, str) else axes
+    parts = int(np.prod([mesh.shape[axis] for axis in axes]))
+    if size % parts:
+      what, change = SIZES[name]
+      raise UserError(
+        f"{size} {what} are not divisible by mesh.{' x mesh.'.join(axes)} ="
+        f" {parts}; change mesh, or {change}"
+      )
+
+
+def constrain(
+  x: jax.Array, place: Any, names: Sequence[str | None]
+) -> jax.Array:
+  """Cuts an activation over a mesh by its logical axes; elsewhere, nothing.
+
+  Without this XLA keeps whole batches on every device wherever that saves it a
+  collective.
+
+  Raises:
+    UserError: a mesh that does not divide an axis.
+  """
+  if not isinstance(place, Mesh) or place.size == 1:
+    return x
+  sizes = zip(names, x.shape, strict=True)
+  check_divides(place, **{name: size for name, size in sizes if name})
+  sharding = NamedSharding(place, spec(names))
+  return jax.lax.with_sharding_constraint(x, sharding)
 
 
 def make_mesh(devices: Sequence[Any], shape: Sequence[int]) -> Mesh:
@@ -78,14 +141,14 @@ def state_shardings(abstract: Any, mesh: Mesh) -> Any:
       return replicated(mesh)
     if not jax.tree.leaves(leaf.value):
       return leaf.value  # where an optimizer masks a parameter out
-    spec = nn.logical_to_mesh_axes(leaf.names, RULES)
-    sharding = NamedSharding(mesh, spec)
+    axes = nn.logical_to_mesh_axes(leaf.names, RULES)
+    sharding = NamedSharding(mesh, axes)
     try:
       sharding.shard_shape(leaf.value.shape)
     except ValueError as error:
       raise UserError(
         f"mesh {tuple(mesh.shape.values())} over {AXES} cannot cut parameters"
-        f" of shape {leaf.value.shape} along {spec}; change mesh.fsdp or"
+        f" of shape {leaf.value.shape} along {axes}; change mesh.fsdp or"
         " mesh.tensor, or the model's widths"
       ) from error
     return sharding

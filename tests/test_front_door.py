@@ -12,7 +12,15 @@ import pytest
 
 from avd_jax import parallel
 from avd_jax.errors import UserError
-from avd_jax.ops import attention, chunked, kv_cache, masked, masks, routing
+from avd_jax.ops import (
+  attention,
+  chunked,
+  kv_cache,
+  masked,
+  masks,
+  per_device,
+  routing,
+)
 from avd_jax.ops.problem import Problem, describe
 from avd_jax.ops.reference import EMPTY, reference, without_gradient
 
@@ -362,7 +370,7 @@ def test_attend_asks_for_what_it_describes():
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_kernels_run_on_each_device_s_videos_and_heads(name, top_k):
   """The same numbers and gradients as one device, with nothing gathered."""
-  mesh = parallel.make_mesh(jax.devices(), (2, 1, 2, 2))
+  mesh = parallel.make_mesh(jax.devices()[:4], (2, 1, 1, 2))
 
   def score(where, q, k, v, q_sink):
     if name == "cache":
@@ -378,7 +386,7 @@ def test_kernels_run_on_each_device_s_videos_and_heads(name, top_k):
     if where is None:
       out, lse = masked.attend(*arguments[:4], routing=rule, q_sink=given)
     else:
-      out, lse = attention.per_device(masked.attend, where, *arguments)
+      out, lse = per_device.attend(masked.attend, where, *arguments)
     return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse)), out
 
   rows, columns = (1, 6) if name == "cache" else passes()[name].sees.shape
@@ -399,14 +407,14 @@ def test_kernels_run_on_each_device_s_videos_and_heads(name, top_k):
       assert "all-gather" not in text
   jax.tree.map(lambda a, b: CLOSE(a, b, atol=1e-5), *results)
   odd = [z[:1] for z in arrays]
-  with pytest.raises(UserError, match="1 videos and 2 heads is not divisible"):
+  with pytest.raises(UserError, match="1 videos, .* 2 heads is not divisible"):
     score(mesh, *odd)
 
 
 def test_grouped_queries_stay_on_their_device(monkeypatch):
   """Plain JAX, but XLA would gather every device's queries to group them."""
   monkeypatch.setattr(attention, "GROUPED", 1)
-  mesh = parallel.make_mesh(jax.devices(), (2, 1, 2, 2))
+  mesh = parallel.make_mesh(jax.devices()[:4], (2, 1, 1, 2))
   sight = passes()["window and sink"]
   q, k, v = qkv(*sight.sees.shape)
 

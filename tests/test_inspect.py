@@ -117,11 +117,12 @@ class Hand:
     near, turned = rope.rotate(q, turns.own), rope.rotate(k, turns.own)
     far = near if turns.sink is None else rope.rotate(q, turns.sink)
     for which, keys in (("raw", k), ("rotated", turned)):
-      self.keys[self.layer, which][int(chunk)] = np.float64(keys)
+      self.keys[self.layer, which][int(chunk)] = np.float64(keys[:, 0])
     if not self.layer:
-      self.tally.queries[self.at] += q.shape[0] * q.shape[1]
-    for token in np.ndindex(*q.shape[:3]):
-      self.count(token, *(np.float64(z[token]) for z in (q, near, far)))
+      self.tally.queries[self.at] += q.shape[0] * q.shape[2]
+    asking = [np.float64(z[:, 0]) for z in (q, near, far)]
+    for token in np.ndindex(*asking[0].shape[:3]):
+      self.count(token, *(z[token] for z in asking))
     parts = attention.cached(
       cfg, q, k, v, turns, layer, layout, chunk, platform
     )
@@ -158,8 +159,11 @@ class Hand:
 
   def front_door(self, real, q, k, v, sight, **options):
     """Stands at the front door, and counts what a routed layer may see."""
-    if options["routing"] is not None:
-      choice = routing.choose(q, sight, options["routing"], options["q_sink"])
+    rule, q_sink = options["routing"], options["q_sink"]
+    if rule is not None:
+      flat = lambda z: None if z is None else z[:, 0]
+      rule = rule._replace(q=flat(rule.q))
+      choice = routing.choose(flat(q), sight, rule, flat(q_sink))
       for b, s, a, i in np.argwhere(np.asarray(choice) >= 0):
         chunk = self.held[choice[b, s, a, i]]
         self.own[*self.at, self.layer, a, chunk] += 1

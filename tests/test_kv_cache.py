@@ -71,11 +71,11 @@ def test_far_chunks_find_their_slots():
 
 def test_write_changes_one_slot_and_casts():
   rng = np.random.default_rng(0)
-  buffer = jnp.asarray(rng.normal(size=(2, 6, 1, 4)), jnp.bfloat16)
-  new = jnp.asarray(rng.normal(size=(2, 2, 1, 4)), jnp.float32)
+  buffer = jnp.asarray(rng.normal(size=(2, 3, 2, 1, 4)), jnp.bfloat16)
+  new = jnp.asarray(rng.normal(size=(2, 1, 2, 1, 4)), jnp.float32)
   written = jax.jit(kv_cache.write)(buffer, new, jnp.int32(1))
   expected = np.array(buffer)
-  expected[:, 2:4] = np.asarray(new.astype(jnp.bfloat16))
+  expected[:, 1:2] = np.asarray(new.astype(jnp.bfloat16))
   assert written.dtype == jnp.bfloat16
   np.testing.assert_array_equal(written, expected)
 
@@ -83,7 +83,7 @@ def test_write_changes_one_slot_and_casts():
 def test_init_has_a_buffer_per_layer():
   cache = kv_cache.init(3, 4, (2, 2, 1, 4), "bfloat16", routed=True)
   assert len(cache.k) == len(cache.v) == len(cache.mean) == 3
-  assert all(z.shape == (2, 8, 1, 4) for z in (*cache.k, *cache.v))
+  assert all(z.shape == (2, 4, 2, 1, 4) for z in (*cache.k, *cache.v))
   assert all(z.shape == (2, 4, 1, 4) for z in cache.mean)
   assert {z.dtype.name for z in cache.mean} == {"float32"}
   every = (*cache.k, *cache.v, *cache.mean)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from avd_jax import parallel
-from avd_jax.ops import attention, masks, problem, reference
+from avd_jax.ops import masks, per_device, problem, reference
 from avd_jax.ops import routing as routing_lib
 from avd_jax.ops.kernels import (
   compat,
@@ -408,7 +408,7 @@ def test_kernels_run_on_each_device_of_a_mesh(top_k):
   alone = functools.partial(kernel, routing=rule) if top_k else kernel
   one = run(alone)
   many = run(
-    lambda *x: attention.per_device(kernel, mesh, *x, routing=rule or None)
+    lambda *x: per_device.attend(kernel, mesh, *x, routing=rule or None)
   )
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), many, one

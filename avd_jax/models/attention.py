@@ -154,7 +154,7 @@ class Angles(NamedTuple):
   """Rotary angles of a pass's tokens.
 
   Attributes:
-    own: [s d//2], at their own frames.
+    own: [n s d//2], at their own frames.
     sink: of queries to sink keys, as if nearer; None without sinks.
   """
 
@@ -166,7 +166,7 @@ class Past(NamedTuple):
   """A history that a rollout already computed, of one layer or stacked.
 
   Attributes:
-    k: rotated keys [b n*s a d].
+    k: rotated keys [b n s a d].
     v: values.
     mean: descriptors [b n a d]; None without routing.
   """
@@ -188,19 +188,24 @@ def angles(
   A sink slides along with the window: the distance to it never exceeds sink +
   window chunks, which training has seen.
   """
-  own = rope.grid_angles(frames, **grid)
+
+  def by_chunk(frames):
+    angles = rope.grid_angles(frames, **grid)
+    return angles.reshape(len(frames) // chunk_frames, -1, angles.shape[-1])
+
+  own = by_chunk(frames)
   if not cfg.sink:
     return Angles(own, None)
   far = jnp.maximum(chunk - (cfg.sink + cfg.window), 0) * chunk_frames
-  return Angles(own, rope.grid_angles(frames - far, **grid))
+  return Angles(own, by_chunk(frames - far))
 
 
-def _described(cfg, raw, rotated, tokens):
+def _described(cfg, raw, rotated):
   """Descriptors of the chunks of keys, where routing wants them."""
   if cfg.routing_top_k is None:
     return None
   keys = raw if cfg.descriptor == "raw" else rotated
-  return routing_lib.descriptors(keys, tokens)
+  return routing_lib.descriptors(keys, keys.shape[2])
 
 
 def _routing(cfg, mean, q, order=None) -> Routing | None:
@@ -214,14 +219,14 @@ def _routing(cfg, mean, q, order=None) -> Routing | None:
 
 def parallel(
   cfg: AttentionConfig,
-  q: Float[Array, "b q a d"],
-  k: Float[Array, "b k a d"],
-  v: Float[Array, "b k a d"],
+  q: Float[Array, "b n s a d"],
+  k: Float[Array, "b n s a d"],
+  v: Float[Array, "b n s a d"],
   turns: Angles,
   sight: Sight,
   past: Past | None = None,
   place: Place = None,
-) -> Float[Array, "b q a d"]:
+) -> Float[Array, "b n s a d"]:
   """All chunks at once; with `past`, q, k and v are the noisy stream's.
 
   Args:
@@ -235,10 +240,10 @@ def parallel(
     place: what the program will run on; see `ops.attention`.
   """
   streams = q.shape[1] // turns.own.shape[0]
-  turn = lambda z, by: rope.rotate(z, jnp.tile(by, (streams, 1)))
+  turn = lambda z, by: rope.rotate(z, jnp.tile(by, (streams, 1, 1)))
   near = turn(k, turns.own)
   if past is None:
-    mean = _described(cfg, k, near, sight.tokens)
+    mean = _described(cfg, k, near)
     mean = None if mean is None else mean[:, : sight.history]
   else:
     near = jnp.concatenate([past.k.astype(k.dtype), near], 1)
@@ -263,22 +268,21 @@ def _for_cache(cfg: AttentionConfig) -> str:
 
 def cached(
   cfg: AttentionConfig,
-  q: Float[Array, "b s a d"],
-  k: Float[Array, "b s a d"],
-  v: Float[Array, "b s a d"],
+  q: Float[Array, "b 1 s a d"],
+  k: Float[Array, "b 1 s a d"],
+  v: Float[Array, "b 1 s a d"],
   turns: Angles,
   layer: Past,
   layout: kv_cache.Layout,
   chunk: jax.Array,
   place: Place = None,
-) -> tuple[Float[Array, "b s a d"], Past]:
+) -> tuple[Float[Array, "b 1 s a d"], Past]:
   """One chunk against a layer's cache, whose slot for it is overwritten."""
-  tokens, slot = q.shape[1], layout.slot(chunk)
+  slot = layout.slot(chunk)
   near = rope.rotate(k, turns.own)
   mean = layer.mean
   if mean is not None:
-    own = _described(cfg, k, near, tokens)
-    mean = jax.lax.dynamic_update_slice_in_dim(mean, own, slot, 1)
+    mean = kv_cache.write(mean, _described(cfg, k, near), slot)
   layer = Past(
     kv_cache.write(layer.k, near, slot), kv_cache.write(layer.v, v, slot), mean
   )
@@ -287,7 +291,7 @@ def cached(
     rope.rotate(q, turns.own),
     layer.k.astype(q.dtype),
     layer.v.astype(q.dtype),
-    layout.sight(chunk, tokens),
+    layout.sight(chunk, q.shape[2]),
     routing=_routing(cfg, mean, q, order),
     q_sink=None if turns.sink is None else rope.rotate(q, turns.sink),
     implementation=_for_cache(cfg),

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from avd_jax import parallel
 from avd_jax.models import attention
 from avd_jax.models.dit import Block, CausalDiT, DiTConfig
 from avd_jax.ops import kv_cache, masks
@@ -78,7 +79,16 @@ def _cached(
   v = call(tokens, e, x, t, method="predict")
   k, v_, mean = zip(*layers, strict=True)
   kv = kv_cache.KVCache(k, v_, mean if cache.kv.mean else ())
-  return v, dataclasses.replace(cache, kv=kv)
+  return v, dataclasses.replace(cache, kv=_placed(kv, place))
+
+
+def _placed(kv: kv_cache.KVCache, place: Place) -> kv_cache.KVCache:
+  """A cache cut over the mesh like the activations it is made of."""
+  cut = lambda names: lambda x: parallel.constrain(x, place, names)
+  return kv_cache.KVCache(
+    *(tuple(map(cut(parallel.HEADS), part)) for part in (kv.k, kv.v)),
+    tuple(map(cut(parallel.MEANS), kv.mean)),
+  )
 
 
 def make(
@@ -109,7 +119,7 @@ def make(
     shape = (x.shape[0], tokens, cfg.num_heads, cfg.head_dim)
     routed = see.routing_top_k is not None
     kv = kv_cache.init(cfg.num_layers, layout.slots, shape, cfg.dtype, routed)
-    return Cache(kv, layout)
+    return Cache(_placed(kv, place), layout)
 
   cached = functools.partial(_cached, cfg, place, attend)
   return Denoiser(parallel, cached, init_cache, cfg.chunk_frames)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from avd_jax import parallel
 from avd_jax.errors import UserError
 from avd_jax.models import attention, layers
 from avd_jax.models import text as text_lib
@@ -147,7 +148,7 @@ def _gate_noise(gate: float, rows: tuple[int, ...]):
   return init
 
 
-def _heads(x: Float[Array, "b s e"], heads: int) -> Float[Array, "b s a d"]:
+def _heads(x: Float[Array, "*s e"], heads: int) -> Float[Array, "*s a d"]:
   return x.reshape(*x.shape[:-1], heads, -1)
 
 
@@ -215,11 +216,12 @@ class Block(nn.Module):
     return [table[:, :, None, i] for i in range(6)]
 
   def qkv(self, x: Float[Array, "b n s e"], e: Float[Array, "b n 6 e"]):
-    """Queries, keys and values [b n*s a d], before rotation."""
+    """Queries, keys and values [b n s a d], before rotation."""
     shift, scale, *_ = self._parts(e)
     y = _modulate(x, shift, scale, self.cfg)
-    y = y.reshape(y.shape[0], -1, y.shape[-1])
-    split = lambda z: _heads(z, self.cfg.num_heads)
+    split = lambda z: parallel.constrain(
+      _heads(z, self.cfg.num_heads), self.place, parallel.HEADS
+    )
     q, k = self.norm_q(self.q(y)), self.norm_k(self.k(y))
     return split(q), split(k), split(self.v(y))
 
@@ -227,27 +229,27 @@ class Block(nn.Module):
     self,
     x: Float[Array, "b n s e"],
     e: Float[Array, "b n 6 e"],
-    attended: Float[Array, "b k a d"],
+    attended: Float[Array, "b n s a d"],
     text: Float[Array, "b m e"] | None,
   ) -> Float[Array, "b n s e"]:
     """Everything after self-attention; the residual stream stays float32."""
     _, _, gate, shift, scale, gate_ffn = self._parts(e)
-    y = self.o(attended.reshape(*attended.shape[:2], -1)).reshape(x.shape)
+    y = self.o(attended.reshape(x.shape))
     x = x + y.astype(jnp.float32) * gate
     if text is not None:
       x = x + self._cross(x, text).astype(jnp.float32)
     y = self.ffn(_modulate(x, shift, scale, self.cfg))
-    return x + y.astype(jnp.float32) * gate_ffn
+    x = x + y.astype(jnp.float32) * gate_ffn
+    return parallel.constrain(x, self.place, parallel.TOKENS)
 
   def _cross(self, x, text):
     heads = self.cfg.num_heads
     y = self.cross_norm(x).astype(self.cfg.dtype)
-    y = y.reshape(y.shape[0], -1, y.shape[-1])
     q = _heads(self.cross_norm_q(self.cross_q(y)), heads)
     k = _heads(self.cross_norm_k(self.cross_k(text)), heads)
     v = _heads(self.cross_v(text), heads)
     out = attention_lib.attend_all(q, k, v, self.place)
-    return self.cross_o(out.reshape(y.shape)).reshape(x.shape)
+    return self.cross_o(out.reshape(y.shape))
 
   def __call__(self, x, past, e, text, turns):
     """Parallel self-attention of all streams; a nn.scan body.
@@ -355,17 +357,19 @@ class CausalDiT(nn.Module):
     p = self.cfg.patch
     rows, columns = self.cfg.grid(h, w)
     x = x.reshape(b, f, rows, p, columns, p, ch).transpose(0, 1, 2, 4, 3, 5, 6)
-    x = self.patch_embedding(x.reshape(b, f, rows * columns, -1))
-    x = x.astype(jnp.float32)
+    frames = self.cfg.chunk_frames
+    x = x.reshape(b, f // frames, frames * rows * columns, -1)
+    # Cut while it is small.
+    x = parallel.constrain(x, self.place, parallel.TOKENS)
+    x = self.patch_embedding(x).astype(jnp.float32)
     if self.cfg.spatial_embedding:
       if self.cfg.spatial_embedding != (rows, columns):
         raise UserError(
           f"model.spatial_embedding {self.cfg.spatial_embedding} does not fit"
           f" frames of {rows}x{columns} tokens"
         )
-      x = x + self.places
-    frames = self.cfg.chunk_frames
-    return x.reshape(b, f // frames, frames * rows * columns, -1)
+      x = x + jnp.tile(self.places, (frames, 1))
+    return parallel.constrain(x, self.place, parallel.TOKENS)
 
   def condition(self, t: Float[Array, "b n"], text: Text):
     """(e, modulation e0 [b n 6 e], text context [b m e] or None)."""

@@ -17,24 +17,23 @@ back in silence.
 """
 
 import dataclasses
+import functools
 import importlib
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from avd_jax import parallel
 from avd_jax.errors import UserError
-from avd_jax.ops import cudnn
+from avd_jax.ops import cudnn, per_device
 from avd_jax.ops import routing as routing_lib
 from avd_jax.ops.masks import Sight
 from avd_jax.ops.problem import Problem, describe
-from avd_jax.ops.reference import Out, reference
+from avd_jax.ops.reference import reference
 from avd_jax.ops.routing import Routing
 
 # What a program will run on: a platform ("cpu", "gpu", "tpu"), a mesh, or None,
@@ -210,20 +209,21 @@ def explain(problem: Problem) -> list[tuple[str, str]]:
 
 
 def attend(
-  q: Float[Array, "b q a d"],
-  k: Float[Array, "b k a d"],
-  v: Float[Array, "b k a d"],
+  q: Float[Array, "b *q a d"],
+  k: Float[Array, "b *k a d"],
+  v: Float[Array, "b *k a d"],
   sight: Sight,
   *,
   routing: Routing | None = None,
-  q_sink: Float[Array, "b q a d"] | None = None,
+  q_sink: Float[Array, "b *q a d"] | None = None,
   implementation: str = "auto",
   place: Place = None,
-) -> Out:
+) -> tuple[Float[Array, "b *q a d"], Float[Array, "b *q a"]]:
   """One softmax over what each query sees: its own chunk and its history.
 
   Args:
-    q: queries, sight.tokens for each row of the sight.
+    q: queries, sight.tokens for each row of the sight; [b q a d], or by chunk
+      [b n s a d], which is what a mesh can cut along tokens.
     k: keys, sight.tokens for each column.
     v: values.
     sight: which chunk sees which.
@@ -233,10 +233,10 @@ def attend(
       rotary distance.
     implementation: "auto", or one of IMPLEMENTATIONS.
     place: what the program will run on. On a mesh of several devices, kernels
-      run per device, over its share of videos and heads.
+      run per device, over its share of videos, tokens and heads.
 
   Returns:
-    (out [b q a d], lse [b q a] float32).
+    (out, of q's shape, and lse, float32, without the last axis).
 
   Raises:
     UserError: an implementation that cannot do this, with the reason.
@@ -244,7 +244,7 @@ def attend(
   """
   if routing and routing.top_k >= routing_lib.most_candidates(sight):
     routing = None  # all in sight is chosen: dense attention
-  top_k = None if routing is None else routing.top_k
+  top_k, shape = None if routing is None else routing.top_k, q.shape
   problem = describe(
     platform_of(place),
     q,
@@ -262,98 +262,42 @@ def attend(
     warnings.warn(f"attention falls back to {picked.reason}", stacklevel=2)
   module = _module(problem, picked.name)
   if routing is None and module.__name__.endswith("_routed"):
-    routing = routing_lib.everything(q, sight)
+    routing = routing_lib.everything(_flat(q), sight)
   opaque = picked.name in KERNELS or (
     # What XLA would split, but by gathering every device's queries.
-    picked.name == "xla" and routing is not None and _divides(place, q)
+    picked.name == "xla"
+    and routing is not None
+    and _divides(place, q, sight.tokens)
   )
-  if several and opaque:
-    return per_device(module.attend, place, q, k, v, sight, routing, q_sink)
-  return module.attend(q, k, v, sight, routing=routing, q_sink=q_sink)
+  call, given = module.attend, (q, k, v, sight, routing, q_sink)
+  if several and (opaque or place.shape["context"] > 1):
+    return per_device.attend(call, place, *given)
+  if routing is not None:
+    routing = routing._replace(q=_flat(routing.q))
+  q, k, v, q_sink = map(_flat, (q, k, v, q_sink))
+  out, lse = call(q, k, v, sight, routing=routing, q_sink=q_sink)
+  return out.reshape(shape), lse.reshape(shape[:-1])
 
 
-def _shards(mesh: Mesh) -> tuple[int, int]:
-  """Parts that videos and heads are cut into."""
-  return mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+def _flat(x):
+  return None if x is None else x.reshape(x.shape[0], -1, *x.shape[-2:])
 
 
-def _divides(place: Place, q: jax.Array) -> bool:
-  if not isinstance(place, Mesh):
-    return False
-  videos, heads = _shards(place)
-  return q.shape[0] % videos == 0 and q.shape[2] % heads == 0
+def _divides(place: Place, q: jax.Array, tokens: int) -> bool:
+  several = isinstance(place, Mesh)
+  return several and per_device.divides(place, len(q), tokens, q.shape[-2])
 
 
 def _share(problem: Problem, mesh: Mesh) -> Problem:
   """A device's part of a problem."""
-  videos, heads = _shards(mesh)
+  videos, context, heads = per_device.shards(mesh)
   return dataclasses.replace(
     problem,
     batch=max(1, problem.batch // videos),
+    tokens=max(1, problem.tokens // context),
     heads=max(1, problem.heads // heads),
+    merged=context > 1 and problem.static,
   )
-
-
-def per_device(
-  call: Callable[..., Out],
-  mesh: Mesh,
-  q: Float[Array, "b q a d"],
-  k: Float[Array, "b k a d"],
-  v: Float[Array, "b k a d"],
-  sight: Sight,
-  routing: Routing | None = None,
-  q_sink: Float[Array, "b q a d"] | None = None,
-) -> Out:
-  """`call` on each device's videos and heads: XLA cannot split a kernel.
-
-  Raises:
-    UserError: a mesh that divides neither evenly.
-  """
-  shards = _shards(mesh)
-  if not _divides(mesh, q):
-    raise UserError(
-      f"attention over {q.shape[0]} videos and {q.shape[2]} heads is not"
-      f" divisible by mesh axes data x fsdp = {shards[0]} and tensor ="
-      f" {shards[1]}; change data.batch_size, model.num_heads or mesh"
-    )
-  split = PartitionSpec(*parallel.BATCH, None, "tensor", None)
-  whole = PartitionSpec()
-  top_k = None if routing is None else routing.top_k
-  arrays = {"q": q, "k": k, "v": v, "q_sink": q_sink}
-  if routing is not None:
-    arrays |= {"means": routing.descriptors, "q_means": routing.q}
-  specs = jax.tree.map(lambda _: split, arrays)
-  if routing is not None:
-    arrays["order"] = routing.order
-  if not sight.static:
-    arrays |= {"sees": sight.sees, "own": sight.own, "count": sight.count}
-  specs = jax.tree.map(lambda _: whole, arrays) | specs
-
-  def local(given):
-    seen, rule = sight, None
-    if not sight.static:
-      seen = dataclasses.replace(
-        sight, sees=given["sees"], own=given["own"], count=given["count"]
-      )
-    if top_k is not None:
-      rule = Routing(top_k, given["means"], given["q_means"], given["order"])
-    return call(
-      given["q"],
-      given["k"],
-      given["v"],
-      seen,
-      routing=rule,
-      q_sink=given["q_sink"],
-    )
-
-  # check_vma would want every kernel to annotate its outputs.
-  return jax.shard_map(
-    local,
-    mesh=mesh,
-    in_specs=(specs,),
-    out_specs=(split, PartitionSpec(*split[:3])),
-    check_vma=False,
-  )(arrays)
 
 
 # Queries that attention to everything takes at a time where no kernel keeps
@@ -362,27 +306,36 @@ BLOCK = 4096
 
 
 def attend_all(
-  q: Float[Array, "b q a d"],
-  k: Float[Array, "b k a d"],
-  v: Float[Array, "b k a d"],
+  q: Float[Array, "b *q a d"],
+  k: Float[Array, "b m a d"],
+  v: Float[Array, "b m a d"],
   place: Place = None,
-) -> Float[Array, "b q a d"]:
+) -> Float[Array, "b *q a d"]:
   """Attention of every query to every key, such as to text.
 
   cuDNN's where it can; else plain JAX, a block of queries at a time, so that
-  the logits of a long video never exist all at once.
+  the logits of a long video never exist all at once. Queries by chunk may be
+  cut along tokens, as `attend` takes them.
   """
-  platform = platform_of(place)
+  call = functools.partial(_attend_all, platform=platform_of(place))
+  if isinstance(place, Mesh) and place.shape["context"] > 1:
+    return per_device.attend_all(call, place, q, k, v)
+  return call(q, k, v)
+
+
+def _attend_all(q, k, v, platform):
+  shape, q = q.shape, _flat(q)
   sight = Sight(np.ones((1, 1), bool), np.zeros(1, np.int32), q.shape[1], 1)
   problem = describe(platform, q, k, sight)
   if problem.platform == "gpu" and cudnn.refuses(problem) is None:
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    return out.reshape(shape)
   length, blocks = q.shape[1], -(-q.shape[1] // BLOCK)
   if blocks == 1:
-    return reference(q, k, v)[0]
+    return reference(q, k, v)[0].reshape(shape)
   size = -(-length // blocks)
   room = ((0, 0), (0, blocks * size - length), (0, 0), (0, 0))
   cut = jnp.pad(q, room).reshape(q.shape[0], blocks, size, *q.shape[2:])
   product = jax.checkpoint(lambda q: reference(q, k, v)[0])
   out = jax.lax.map(product, cut.swapaxes(0, 1)).swapaxes(0, 1)
-  return out.reshape(q.shape[0], -1, *q.shape[2:])[:, :length]
+  return out.reshape(q.shape[0], -1, *q.shape[2:])[:, :length].reshape(shape)

@@ -24,13 +24,13 @@ class KVCache(NamedTuple):
   """What a layer remembers of each chunk, one array a layer.
 
   Attributes:
-    k: keys, rotated at their absolute frame.
+    k: keys by slot, rotated at their absolute frame.
     v: values.
     mean: mean keys of each slot, float32, where history is routed; else empty.
   """
 
-  k: tuple[Float[Array, "b k a d"], ...]
-  v: tuple[Float[Array, "b k a d"], ...]
+  k: tuple[Float[Array, "b c s a d"], ...]
+  v: tuple[Float[Array, "b c s a d"], ...]
   mean: tuple[Float[Array, "b c a d"], ...] = ()
 
 
@@ -122,18 +122,17 @@ def init(
   empty = lambda *size, dtype: tuple(
     jnp.zeros(size, dtype) for _ in range(layers)
   )
-  k, v = (empty(b, slots * s, a, d, dtype=dtype) for _ in range(2))
+  k, v = (empty(b, slots, s, a, d, dtype=dtype) for _ in range(2))
   mean = empty(b, slots, a, d, dtype="float32") if routed else ()
   return KVCache(k, v, mean)
 
 
 def write(
-  buffer: Float[Array, "b k a d"],
-  new: Float[Array, "b s a d"],
+  buffer: Float[Array, "b c *s"],
+  new: Float[Array, "b 1 *s"],
   slot: Int[Array, ""],
-) -> Float[Array, "b k a d"]:
+) -> Float[Array, "b c *s"]:
   """Overwrites one slot."""
-  start = slot * new.shape[1]
   return jax.lax.dynamic_update_slice_in_dim(
-    buffer, new.astype(buffer.dtype), start, axis=1
+    buffer, new.astype(buffer.dtype), slot, axis=1
   )

@@ -29,6 +29,8 @@ class Problem:
     pairs: chunk pairs that attention needs, of a static mask without routing.
     sink_queries: whether sink keys are met by queries of their own.
     capability: CUDA compute capability of the GPU, where it is known.
+    merged: whether this is a part that training merges with others, by a
+      gradient through the lse.
   """
 
   platform: str
@@ -46,6 +48,7 @@ class Problem:
   pairs: int = 0
   sink_queries: bool = False
   capability: float | None = None
+  merged: bool = False
 
 
 def describe(
@@ -66,8 +69,8 @@ def describe(
     rows=rows,
     columns=columns,
     tokens=sight.tokens,
-    heads=q.shape[2],
-    head_dim=q.shape[3],
+    heads=q.shape[-2],
+    head_dim=q.shape[-1],
     dtype=str(np.dtype(q.dtype)),
     top_k=top_k,
     static=static,

@@ -71,10 +71,10 @@ def grid_angles(
 
 
 def rotate(
-  x: Float[Array, "b s a d"], angles: Float[Array, "s d//2"]
-) -> Float[Array, "b s a d"]:
+  x: Float[Array, "b *s a d"], angles: Float[Array, "*s d//2"]
+) -> Float[Array, "b *s a d"]:
   """Rotates interleaved pairs (x_0, x_1), (x_2, x_3), ... in float32."""
-  cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
+  cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
   pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
   even, odd = pairs[..., 0], pairs[..., 1]
   turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)

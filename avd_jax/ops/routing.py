@@ -36,11 +36,11 @@ class Routing(NamedTuple):
 
 
 def descriptors(
-  k: Float[Array, "b k a d"], tokens: int
-) -> Float[Array, "b k//{tokens} a d"]:
+  k: Float[Array, "b *k a d"], tokens: int
+) -> Float[Array, "b c a d"]:
   """Mean keys of chunks of `tokens` tokens, float32."""
-  b, _, a, d = k.shape
-  return k.astype(jnp.float32).reshape(b, -1, tokens, a, d).mean(2)
+  chunks = k.reshape(k.shape[0], -1, tokens, *k.shape[-2:])
+  return chunks.astype(jnp.float32).mean(2)
 
 
 def scores(

@@ -76,7 +76,7 @@ class Watched(NamedTuple):
 
 def attention_mass(
   q: Float[Array, "b q a d"],
-  k: Float[Array, "b k a d"],
+  k: Float[Array, "b c s a d"],
   sight: Sight,
   q_sink: Float[Array, "b q a d"] | None = None,
 ) -> Float[Array, "b q a c"]:
@@ -84,10 +84,10 @@ def attention_mass(
 
   A column at a time, so that no more than a chunk's logits exist at once.
   """
-  tokens, scale = sight.tokens, q.shape[-1] ** -0.5
+  scale = q.shape[-1] ** -0.5
 
   def column(i):
-    keys = jax.lax.dynamic_slice_in_dim(k, i * tokens, tokens, 1)
+    keys = jax.lax.dynamic_index_in_dim(k, i, 1, keepdims=False)
     near = q if q_sink is None else jnp.where(i < sight.sink, q_sink, q)
     logits = jnp.einsum(
       "bqad,bkad->bqak", near, keys, preferred_element_type=jnp.float32
@@ -104,10 +104,10 @@ def _look(watch, means, turns, layout, chunk, q, k, held):
 
   `q` and `k` are the chunk's, before rotation; `held` the cache's keys.
   """
-  slot, sight = layout.slot(chunk), layout.sight(chunk, q.shape[1])
+  slot, sight = layout.slot(chunk), layout.sight(chunk, q.shape[2])
   order = None if layout.in_order else layout.held(chunk)
-  near = rope.rotate(q, turns.own)
-  q_sink = None if turns.sink is None else rope.rotate(q, turns.sink)
+  near = rope.rotate(q, turns.own)[:, 0]
+  q_sink = None if turns.sink is None else rope.rotate(q, turns.sink)[:, 0]
   mass = attention_mass(near, held.astype(q.dtype), sight, q_sink)
   columns = jnp.arange(mass.shape[-1])
   history = jnp.where(sight.candidates()[0], mass, 0)
@@ -118,7 +118,7 @@ def _look(watch, means, turns, layout, chunk, q, k, held):
     keys = k if raw else rope.rotate(k, turns.own)
     own = routing.descriptors(keys, sight.tokens)
     mean = jax.lax.dynamic_update_slice_in_dim(mean, own, slot, 1)
-    options = Routing(max(watch.top_k), mean, q if raw else None, order)
+    options = Routing(max(watch.top_k), mean, q[:, 0] if raw else None, order)
     # Best first: a smaller top_k chooses the first of these.
     choice = routing.choose(near, sight, options, q_sink)
     taken = [
@@ -178,8 +178,7 @@ def watched(cfg: dit.DiTConfig, watch: Watch) -> Denoiser:
 
     looking = denoiser_lib.make(cfg, attend=attend)
     v, inner = looking.cached(params, x, t, text, cache.cache, chunk)
-    layout, slots = inner.layout, inner.layout.slots
-    tokens = inner.kv.k[0].shape[1] // slots
+    layout, tokens = inner.layout, inner.kv.k[0].shape[2]
     phase = (t[0] == 0).astype(jnp.int32)
     tally = _add(cache.tally, sums, layout, phase, chunk, watch.videos * tokens)
     return v, Watched(inner, tuple(means), tally)

@@ -72,14 +72,17 @@ class Program:
     """Refuses what this mesh's devices cannot compute, before they try.
 
     Raises:
-      UserError: an attention implementation that cannot do this model.
+      UserError: a mesh that does not cut the model evenly, or an attention
+        implementation that cannot do this model.
     """
     model, x = self.model, self.batch.x
     rows, columns = model.grid(*x.shape[2:4])
+    tokens = model.chunk_frames * rows * columns
+    parallel.check_divides(self.mesh, tokens=tokens, heads=model.num_heads)
     attention.check(
       model.attention,
       chunks=x.shape[1] // model.chunk_frames,
-      tokens=model.chunk_frames * rows * columns,
+      tokens=tokens,
       heads=model.num_heads,
       head_dim=model.head_dim,
       dtype=model.dtype,

@@ -172,6 +172,8 @@ def refuses(problem: Problem) -> str | None:
       "splash needs a mask that is known while tracing, not a chunk against a"
       " KV cache"
     )
+  if problem.merged:
+    return "splash has no gradient through its lse, which mesh.context needs"
   if problem.sink_queries:
     return (
       "splash has one set of queries: sinks (model.attention.sink) cannot have"
