@@ -407,7 +407,7 @@ def test_kernels_run_on_each_device_s_videos_and_heads(name, top_k):
       assert "all-gather" not in text
   jax.tree.map(lambda a, b: CLOSE(a, b, atol=1e-5), *results)
   odd = [z[:1] for z in arrays]
-  with pytest.raises(UserError, match="1 videos, .* 2 heads is not divisible"):
+  with pytest.raises(UserError, match=r"1 videos, .* 2 heads is not divisible"):
     score(mesh, *odd)
 
 
