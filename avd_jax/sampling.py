@@ -52,7 +52,8 @@ class Sampler:
   def _denoiser(self) -> Denoiser:
     denoiser, options = self.make(self.model), self.config.sampling
     if options.guidance != 1.0 and self.model.text != "none":
-      null = jnp.zeros((self.config.data.text_length,), jnp.int32)
+      null = self.model.text_struct(self.config.data.text_length)
+      null = jnp.zeros(null.shape, null.dtype)
       denoiser = guidance.classifier_free(denoiser, options.guidance, null)
     # Outermost: with and without text, a noised past is one and the same.
     if options.history_guidance != 1.0:
@@ -129,7 +130,7 @@ class Sampler:
 
     Args:
       given: first frames [b g h w c], whole chunks of them; g may be 0.
-      text: int32 [b m].
+      text: int32 [b m], or embeddings [b m d].
       frames: length of the whole video, given frames included.
       seed: of the noise.
 
@@ -267,7 +268,7 @@ def load(
     data = config_lib.typed(DataConfig, config.data)
     shape = (1, model.chunk_frames, data.height, data.width, model.channels)
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
-    text = jax.ShapeDtypeStruct((1, data.text_length), jnp.int32)
+    text = model.text_struct(1, data.text_length)
     target = denoiser_lib.abstract_params(model, x, text)
     return Sampler(config, checkpoints.restore(step, {"ema": target})["ema"])
   finally:

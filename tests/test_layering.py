@@ -23,6 +23,7 @@ ROWS = (
   ("diffusion", "models", "data"),
   ("algorithms",),
   ("config",),
+  ("wan",),
   ("training", "sampling", "evaluation"),
   ("bagger",),
   ("studies",),

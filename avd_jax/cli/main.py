@@ -16,6 +16,9 @@ COMMANDS = (
   "inspect",
   "bench",
   "compile-check",
+  "import-wan",
+  "export-wan",
+  "make-tiny-wan",
 )
 
 DESCRIPTION = """\

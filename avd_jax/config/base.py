@@ -23,6 +23,7 @@ WEIGHTLESS = (
   "model.remat",
   "model.scan_unroll",
   "model.dtype",
+  "model.chunk_frames",
 )
 
 # A run may be resumed with other values here; everything else makes it

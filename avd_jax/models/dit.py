@@ -124,6 +124,12 @@ class DiTConfig:
   def head_dim(self) -> int:
     return self.dim // self.num_heads
 
+  def text_struct(self, *shape: int) -> jax.ShapeDtypeStruct:
+    """What text of `shape` ([b m], say) is: token ids, or embeddings."""
+    if self.text == "embeddings":
+      return jax.ShapeDtypeStruct((*shape, self.text_dim), jnp.float32)
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
   def grid(self, height: int, width: int) -> tuple[int, int]:
     """Tokens along height and width.
 
@@ -187,6 +193,7 @@ class Block(nn.Module):
       self.cross_norm = nn.LayerNorm(
         epsilon=c.eps,
         dtype=jnp.float32,
+        use_fast_variance=False,  # E[x^2] - E[x]^2 loses what large means hide
         scale_init=nn.with_logical_partitioning(
           nn.initializers.ones, ("embed",)
         ),

@@ -114,19 +114,20 @@ def train(
   try:
     program = Program(config, mesh)
     program.check()
-    step = checkpoints.latest() or 0
-    _claim(workdir, config, checkpoints.record(step) if step else None)
+    step = checkpoints.latest()
+    record = None if step is None else checkpoints.record(step)
+    _claim(workdir, config, record)
     plan = stretches(config)
-    if step:
+    # Wrong data: before any compute. Of a run that is done, it may be gone.
+    left = step != plan[-1].last
+    source = pipeline.make_source(data) if left else None
+    if step is None:
+      step, given = 0, initial_weights(config, program)
+      state = program.begin_stage(program.init(), plan[0].name, given)
+    else:
       target = program.abstract_state()._asdict()
       state = TrainState(**checkpoints.restore(step, target))
-    else:
-      given = initial_weights(config, program)
-      source = pipeline.make_source(data)  # wrong data: before any compute
-      state = program.begin_stage(program.init(), plan[0].name, given)
-    if step < plan[-1].last:
-      if step:
-        source = pipeline.make_source(data)
+    if left:
       run = _Run(program, workdir, checkpoints, progress)
       state = run.run(state, step, plan, data, source)
     return state
@@ -144,6 +145,11 @@ def _claim(
   """
   path = workdir / "config.json"
   values = config_lib.to_json(config)
+  if record and "imported" in record:
+    raise UserError(
+      f"{workdir} holds imported weights, not a run: train into another"
+      f" --workdir, from them: --config.init_from={workdir}"
+    )
   if record:
     changed = config_lib.differences(record["config"], values)
     if changed:

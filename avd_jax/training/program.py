@@ -96,7 +96,7 @@ class Program:
     shape = (data.batch_size, data.frames, data.height, data.width)
     return Batch(
       jax.ShapeDtypeStruct((*shape, self.model.channels), jnp.float32),
-      jax.ShapeDtypeStruct((data.batch_size, data.text_length), jnp.int32),
+      self.model.text_struct(data.batch_size, data.text_length),
       jax.ShapeDtypeStruct((data.batch_size,), jnp.int32),
     )
 
@@ -109,7 +109,7 @@ class Program:
     denoiser = denoiser_lib.make(self.model, self.mesh)
     levels = LEVELS[config.levels](config.shift)
     shared = dict(
-      null_text=jnp.zeros(self.batch.text.shape[1:], jnp.int32),
+      null_text=jnp.zeros(self.batch.text.shape[1:], self.batch.text.dtype),
       text_dropout=0.0 if self.model.text == "none" else config.text_dropout,
       skip_chunks=config.skip_chunks,
     )

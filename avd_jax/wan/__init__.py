@@ -1,0 +1,1 @@
+"""Wan2.1's files: names, layouts, tokens."""
