@@ -263,7 +263,7 @@ def load(
     config = config_lib.from_json(checkpoints.record(step)["config"])
     config_lib.override(config, list(overrides), CHANGEABLE)
     if overrides:
-      config_lib.check(config, frames)
+      config_lib.check(config, frames, trains=False)
     model = config_lib.typed(dit.DiTConfig, config.model)
     data = config_lib.typed(DataConfig, config.data)
     shape = (1, model.chunk_frames, data.height, data.width, model.channels)

@@ -63,12 +63,14 @@ BELOW_ONE = (
 )
 
 
-def check(config: ConfigDict, frames: int = 0) -> None:
+def check(config: ConfigDict, frames: int = 0, trains: bool = True) -> None:
   """Refuses what cannot work, by name.
 
   Args:
     config: a run's.
     frames: of videos that will be made besides those it trains and evaluates.
+    trains: whether its model will be trained, on its data; an imported one may
+      be made for other data than there are sources for.
 
   Raises:
     UserError: the first thing found.
@@ -94,9 +96,9 @@ def check(config: ConfigDict, frames: int = 0) -> None:
       f"model.spatial_embedding {model.spatial_embedding} must be the frame's"
       f" grid of tokens, {grid}, or None"
     )
-  if model.channels != 3:
+  if trains and model.channels != 3:
     raise UserError(f"model.channels {model.channels}: videos have 3")
-  if model.text == "embeddings":
+  if trains and model.text == "embeddings":
     raise UserError(
       "model.text 'embeddings' needs embeddings made beforehand; videos with"
       " captions take 'bytes' (or 'none')"
