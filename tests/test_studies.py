@@ -53,14 +53,47 @@ CHANGES = {"data.batch_size": 8, "data.num_videos": 12, "bagger.frames": 5}
 STAGE = {"steps": 2, "warmup_steps": 0, "decay_steps": 1}
 
 
+# Of rows that differ in a number or a world alone, some stand for all.
+STAND_IN = {
+  "shift": (
+    "teacher forcing",
+    "s = 0.1",
+    "s = 3",
+    "noise, s = 0.6",
+    "half of the videos",
+    "clean prefix 1",
+    "told, 0.3 at test",
+  ),
+  "history": (
+    "pan: dense",
+    "pan: top-1",
+    "pan: window 5",
+    "pan: window 4, sink 1",
+    "occluder: dense",
+    "occluder: top-5",
+  ),
+}
+
+
+def needed(study, rows):
+  """The branches of some rows, and what those start from."""
+  names = {row.branch for row in rows}
+  for branch in reversed(study.branches):  # parents come first
+    if branch.name in names:
+      names |= {branch.parent, branch.equal_time_to}
+  return [branch for branch in study.branches if branch.name in names]
+
+
 def small(name):
   """A study as it is, but for its size."""
   study = runpy.run_path(str(FOLDER / f"{name}.py"))["get_study"]()
+  rows = [r for r in study.rows if r.label in STAND_IN.get(name, (r.label,))]
+  study = dataclasses.replace(study, rows=tuple(rows))
   branches = [
     dataclasses.replace(
       b, changes={k: CHANGES.get(k, v) for k, v in b.changes.items()}
     )
-    for b in study.branches
+    for b in needed(study, rows)
   ]
   overrides = [f"--config.{field}={value}" for field, value in SMALL.items()]
   overrides += [

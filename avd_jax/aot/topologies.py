@@ -9,7 +9,9 @@ real device, and nothing keeps one from being used elsewhere in the process.
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -94,6 +96,13 @@ dnn_version_info {{ major: 9 minor: 10 }}
 device_description_str: "{kind}"
 """
 _CUDNN = 91000
+# Slices that Google lends (https://cloud.google.com/tpu/docs/v5e, v6e, v5p);
+# of v5p also whole cubes of 4 x 4 x 4 chips in a row, a plane or a block.
+_FLAT = ["1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"]
+_SMALL = ["2x2x1", "2x2x2", "2x2x4", "2x4x4"]
+_MOST_CHIPS = 6144  # of a v5p slice
+_PER_HOST = 8  # GPUs
+HOST = "cpu"  # this machine's cores, as so many devices
 _CORES = {"gpu": 132, "tpu": 1}
 
 # libtpu asks for these, and asks a cloud's metadata server where they are
@@ -116,6 +125,55 @@ def find(name: str) -> Target:
   if name not in TARGETS:
     raise UserError(f"target {name!r} is not one of {', '.join(TARGETS)}")
   return TARGETS[name]
+
+
+def named(target: str) -> tuple[str, str]:
+  """(name, topology) of a target with its size, as `devices` takes them.
+
+  Args:
+    target: "v5p:4x4x4", "v5e:16x16", "h100:8" (GPUs; 8 to a host), "cpu:8".
+
+  Raises:
+    UserError: no such target, or a size that it does not come in.
+  """
+  name, _, size = target.partition(":")
+  if name not in (HOST, *TARGETS):
+    raise UserError(
+      f"target {target!r}: {name!r} is not one of {', '.join(TARGETS)}, {HOST};"
+      " give one with its size, such as v5p:4x4x4, h100:8 or cpu:8"
+    )
+  if name == HOST or find(name).platform == "gpu":
+    if not size.isdigit() or not int(size):
+      raise UserError(f"target {target!r}: give {name}:DEVICES, as {name}:8")
+    count = int(size)
+    if name == HOST:
+      return name, size
+    if count > _PER_HOST and count % _PER_HOST:
+      raise UserError(
+        f"target {target!r}: a host has {_PER_HOST} GPUs; give 1 to"
+        f" {_PER_HOST}, or a multiple of {_PER_HOST}"
+      )
+    hosts = -(-count // _PER_HOST)
+    return name, f"1x{hosts}x{count // hosts}"
+  if name != "v5p":
+    there_are, exists = ", ".join(_FLAT), size in _FLAT
+  else:
+    there_are = f"{', '.join(_SMALL)}, 4x4x4 and 4A x 4B x 4C, A <= B <= C"
+    exists = size in _SMALL or _cubes(size)
+  if not exists:
+    raise UserError(
+      f"target {target!r}: there is no such slice of {name}; there are"
+      f" {there_are}"
+    )
+  return name, f"{name}:{size}"
+
+
+def _cubes(size: str) -> bool:
+  if not re.fullmatch(r"\d+x\d+x\d+", size):
+    return False
+  sides = [int(n) for n in size.split("x")]
+  whole = all(side and side % 4 == 0 for side in sides)
+  return whole and sides == sorted(sides) and math.prod(sides) <= _MOST_CHIPS
 
 
 def installed(platform: str) -> bool:
@@ -150,17 +208,23 @@ def devices(name: str, topology: str | None = None) -> list[Any]:
   Args:
     name: of the target.
     topology: how many and in what shape ("1x2x8" for GPUs, "v5p:4x4x4" for
-      TPUs); None takes the smallest.
+      TPUs, a number for HOST); None takes the smallest.
 
   Raises:
-    UserError: no such target, or no compiler for it here.
+    UserError: no such target, no compiler for it here, or more devices than
+      this process lets its host pretend to have.
   """
+  if name == HOST:
+    return _cores(int(topology or 1))
   target = require(name)
   shape = topology or target.topology
   if target.platform == "tpu":
     for variable, value in _LIBTPU.items():
       os.environ.setdefault(variable, value)
-    return topologies.get_topology_desc(shape, "tpu").devices
+    alone = (
+      {"chips_per_host_bounds": (1, 1, 1)} if shape.endswith(":1x1") else {}
+    )
+    return topologies.get_topology_desc(shape, "tpu", **alone).devices
   # The plugin asks the driver for its version otherwise.
   os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
   config = _HOPPER.format(
@@ -174,9 +238,19 @@ def devices(name: str, topology: str | None = None) -> list[Any]:
   return described.devices
 
 
+def _cores(count: int) -> list[Any]:
+  found = topologies.get_attached_topology(HOST).devices
+  if len(found) < count:
+    raise UserError(
+      f"target {HOST}:{count}: this process has {len(found)} host devices; set"
+      f" JAX_NUM_CPU_DEVICES={count}"
+    )
+  return found[:count]
+
+
 @contextlib.contextmanager
 def lowering(name: str) -> Iterator[None]:
-  """What is traced and lowered in here is for a target.
+  """What is traced and lowered in here is for a target, or for HOST.
 
   Lowering asks for the device: kernels do so through the abstract mesh (jax
   0.11 and later), and jax's cuDNN calls ask the driver for the GPU's compute
@@ -184,6 +258,9 @@ def lowering(name: str) -> Iterator[None]:
   no public way around the latter, so three private functions are answered
   here, and nowhere else.
   """
+  if name == HOST:
+    yield
+    return
   target = find(name)
   device = AbstractDevice(
     device_kind=target.kind,

@@ -16,6 +16,7 @@ COMMANDS = (
   "inspect",
   "bench",
   "compile-check",
+  "encode",
   "import-wan",
   "export-wan",
   "make-tiny-wan",
