@@ -23,7 +23,7 @@ from avd_jax.data.pipeline import DataConfig
 from avd_jax.diffusion import guidance, rollout, solvers
 from avd_jax.errors import UserError
 from avd_jax.models import denoiser as denoiser_lib
-from avd_jax.models import dit
+from avd_jax.models.dit_config import DiTConfig
 from avd_jax.typing import Denoiser, Params
 
 CHANGEABLE = (*config_lib.WEIGHTLESS, "sampling.", "evaluation.")
@@ -42,11 +42,11 @@ class Sampler:
 
   config: ConfigDict
   params: Params
-  make: Callable[[dit.DiTConfig], Denoiser] = denoiser_lib.make
+  make: Callable[[DiTConfig], Denoiser] = denoiser_lib.make
 
   @functools.cached_property
-  def model(self) -> dit.DiTConfig:
-    return config_lib.typed(dit.DiTConfig, self.config.model)
+  def model(self) -> DiTConfig:
+    return config_lib.typed(DiTConfig, self.config.model)
 
   @functools.cached_property
   def _denoiser(self) -> Denoiser:
@@ -264,7 +264,7 @@ def load(
     config_lib.override(config, list(overrides), CHANGEABLE)
     if overrides:
       config_lib.check(config, frames, trains=False)
-    model = config_lib.typed(dit.DiTConfig, config.model)
+    model = config_lib.typed(DiTConfig, config.model)
     data = config_lib.typed(DataConfig, config.data)
     shape = (1, model.chunk_frames, data.height, data.width, model.channels)
     x = jax.ShapeDtypeStruct(shape, jnp.float32)

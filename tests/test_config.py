@@ -9,7 +9,7 @@ from avd_jax import config as config_lib
 from avd_jax.algorithms.histories import Degradation
 from avd_jax.data.pipeline import DataConfig
 from avd_jax.errors import UserError
-from avd_jax.models.dit import DiTConfig
+from avd_jax.models.dit_config import DiTConfig
 from avd_jax.training import program
 
 HEAD = "from avd_jax import config as base\n\n\ndef get_config({}):\n  {}\n"

@@ -12,12 +12,13 @@ import pytest
 from avd_jax.diffusion import guidance
 from avd_jax.errors import UserError
 from avd_jax.models import denoiser as denoiser_lib
-from avd_jax.models import dit, layers
+from avd_jax.models import layers
 from avd_jax.models.attention import AttentionConfig
+from avd_jax.models.dit_config import DiTConfig
 from avd_jax.ops import attention, masks
 from avd_jax.typing import History
 
-BASE = dit.DiTConfig(
+BASE = DiTConfig(
   dim=24,
   ffn_dim=16,
   num_heads=2,
@@ -40,7 +41,7 @@ TIGHT = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5)
 class Inputs:
   """Random weights (none of them at a telling zero), videos, levels, text."""
 
-  cfg: dit.DiTConfig
+  cfg: DiTConfig
   chunks: int = CHUNKS
   text_length: int = 5
 
@@ -331,7 +332,7 @@ def test_every_parameter_names_its_axes(text):
 
 
 def test_the_defaults_are_wan_s():
-  leaves = jax.tree.leaves(nn.meta.unbox(parts(dit.DiTConfig())))
+  leaves = jax.tree.leaves(nn.meta.unbox(parts(DiTConfig())))
   assert sum(leaf.size for leaf in leaves) == 1_418_996_800
 
 
@@ -344,16 +345,27 @@ def test_remat_and_unrolling_change_nothing():
     )
     return jnp.sum(v**2)
 
-  plain, other = (
-    jax.jit(jax.value_and_grad(functools.partial(loss, cfg)))(i.params)
-    for cfg in (BASE, dataclasses.replace(BASE, remat="block", scan_unroll=2))
-  )
-  scale = max(np.abs(g).max() for g in jax.tree.leaves(plain[1]))
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * scale),
-    plain,
-    other,
-  )
+  found, products, offloaded = {}, {}, {}
+  for remat, unroll in (("none", 1), ("block", 2), ("dots", 1), ("offload", 1)):
+    cfg = dataclasses.replace(BASE, remat=remat, scan_unroll=unroll)
+    step = jax.value_and_grad(functools.partial(loss, cfg))
+    found[remat] = jax.jit(step)(i.params)
+    plan = str(jax.make_jaxpr(step)(i.params))
+    products[remat] = plan.count("dot_general")
+    offloaded[remat] = "host" in plan
+  scale = max(np.abs(g).max() for g in jax.tree.leaves(found["none"][1]))
+  for remat in ("block", "dots", "offload"):
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(
+        a, b, rtol=1e-4, atol=1e-5 * scale
+      ),
+      found["none"],
+      found[remat],
+    )
+  # Each recomputes what it says.
+  assert products["none"] < products["dots"] < products["block"]
+  assert products["offload"] == products["block"]
+  assert [remat for remat, host in offloaded.items() if host] == ["offload"]
 
 
 def test_text_conditions_where_there_is_any():

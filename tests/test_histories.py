@@ -13,8 +13,8 @@ from avd_jax.algorithms import flow_loss, histories
 from avd_jax.diffusion import flow_matching
 from avd_jax.errors import UserError
 from avd_jax.models import denoiser as denoiser_lib
-from avd_jax.models import dit
 from avd_jax.models.attention import AttentionConfig
+from avd_jax.models.dit_config import DiTConfig
 from avd_jax.typing import Batch, History, StepContext
 
 NULL = jnp.zeros(4, jnp.int32)
@@ -324,7 +324,7 @@ def test_a_detached_cache_changes_the_gradient_alone():
   But nothing is learned through them, where the two-stream pass does learn to
   write what later chunks read.
   """
-  cfg = dit.DiTConfig(
+  cfg = DiTConfig(
     dim=12, ffn_dim=12, num_heads=2, num_layers=1, patch=1, channels=3,
     text="none", freq_dim=4, chunk_frames=1, remat="none",
     attention=AttentionConfig(window=1, sink=1),

@@ -17,8 +17,9 @@ from avd_jax import config as config_lib
 from avd_jax.cli import main as cli
 from avd_jax.diffusion import solvers
 from avd_jax.errors import UserError
-from avd_jax.models import attention, dit
+from avd_jax.models import attention
 from avd_jax.models import denoiser as denoiser_lib
+from avd_jax.models.dit_config import DiTConfig
 from avd_jax.ops import attention as front_door
 from avd_jax.ops import rope, routing
 from avd_jax.studies import onlooker, rollouts, routing_choice
@@ -50,7 +51,7 @@ def tiny(**model):
 
 def weights(config):
   """Random weights, none of them at a telling zero."""
-  model = config_lib.typed(dit.DiTConfig, config.model)
+  model = config_lib.typed(DiTConfig, config.model)
   shape = (1, model.chunk_frames, 12, 12, 3)
   x = jax.ShapeDtypeStruct(shape, jnp.float32)
   text = jax.ShapeDtypeStruct((1, config.data.text_length), jnp.int32)

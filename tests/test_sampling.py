@@ -15,7 +15,7 @@ from avd_jax import config as config_lib
 from avd_jax.diffusion import solvers
 from avd_jax.errors import UserError
 from avd_jax.models import denoiser as denoiser_lib
-from avd_jax.models import dit
+from avd_jax.models.dit_config import DiTConfig
 from avd_jax.ops import attention
 from avd_jax.training.program import Program
 
@@ -44,7 +44,7 @@ def tiny(**model):
 
 def weights(config, seed=0):
   """Random weights, none of them at a telling zero."""
-  model = config_lib.typed(dit.DiTConfig, config.model)
+  model = config_lib.typed(DiTConfig, config.model)
   x = jax.ShapeDtypeStruct((1, model.chunk_frames, 12, 12, 3), jnp.float32)
   text = jax.ShapeDtypeStruct((1, config.data.text_length), jnp.int32)
   rng = np.random.default_rng(seed)

@@ -16,7 +16,7 @@ from avd_jax import config as config_lib
 from avd_jax.cli import main as cli
 from avd_jax.errors import UserError
 from avd_jax.models import denoiser
-from avd_jax.models.dit import DiTConfig
+from avd_jax.models.dit_config import DiTConfig
 from avd_jax.wan import (
   exporting,
   importing,

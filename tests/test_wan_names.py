@@ -13,7 +13,7 @@ import pytest
 
 from avd_jax.errors import UserError
 from avd_jax.models import denoiser
-from avd_jax.models.dit import DiTConfig
+from avd_jax.models.dit_config import DiTConfig
 from avd_jax.models.umt5 import UMT5Config
 from avd_jax.models.vae import VAEConfig
 from avd_jax.wan import dit_names, shapes, sources, tiny

@@ -33,7 +33,7 @@ from avd_jax.aot.cubin import Kernel
 from avd_jax.errors import UserError
 from avd_jax.models import denoiser as denoiser_lib
 from avd_jax.models.attention import AttentionConfig
-from avd_jax.models.dit import DiTConfig
+from avd_jax.models.dit_config import DiTConfig
 from avd_jax.ops import attention, masks
 from avd_jax.ops import routing as routing_lib
 from avd_jax.typing import History

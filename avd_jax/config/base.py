@@ -12,7 +12,7 @@ from avd_jax.algorithms.error_bank import BankConfig
 from avd_jax.algorithms.histories import Degradation
 from avd_jax.data.pipeline import DataConfig
 from avd_jax.errors import UserError
-from avd_jax.models.dit import DiTConfig
+from avd_jax.models.dit_config import DiTConfig
 
 T = TypeVar("T")
 

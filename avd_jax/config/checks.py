@@ -14,7 +14,7 @@ from avd_jax.config.base import default, stage, typed
 from avd_jax.data.pipeline import DataConfig
 from avd_jax.diffusion.solvers import SOLVERS
 from avd_jax.errors import UserError
-from avd_jax.models.dit import DiTConfig
+from avd_jax.models.dit_config import DiTConfig
 
 HISTORIES = (
   "ground_truth",

@@ -18,7 +18,8 @@ from jaxtyping import Array, Float
 
 from avd_jax import parallel
 from avd_jax.models import attention
-from avd_jax.models.dit import Block, CausalDiT, DiTConfig
+from avd_jax.models.dit import Block, CausalDiT
+from avd_jax.models.dit_config import DiTConfig
 from avd_jax.ops import kv_cache, masks
 from avd_jax.ops.attention import Place
 from avd_jax.typing import Denoiser, Params, Text

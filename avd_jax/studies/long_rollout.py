@@ -19,7 +19,7 @@ from tqdm import tqdm
 from avd_jax import config as config_lib
 from avd_jax.errors import UserError
 from avd_jax.models import denoiser as denoiser_lib
-from avd_jax.models import dit
+from avd_jax.models.dit_config import DiTConfig
 from avd_jax.sampling import Sampler
 
 # Ways of attending to history, as settings of model.attention.
@@ -44,7 +44,7 @@ def _config(kind: str, segment: int) -> Any:
 
 def _sampler(kind: str, segment: int) -> Sampler:
   config = _config(kind, segment)
-  model = config_lib.typed(dit.DiTConfig, config.model)
+  model = config_lib.typed(DiTConfig, config.model)
   x = jax.ShapeDtypeStruct((1, 1, 32, 32, 3), "float32")
   text = jax.ShapeDtypeStruct((1, config.data.text_length), "int32")
   rng = np.random.default_rng(0)

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from avd_jax.models import attention, dit
+from avd_jax.models import attention
 from avd_jax.models import denoiser as denoiser_lib
+from avd_jax.models.dit_config import DiTConfig
 from avd_jax.ops import rope, routing
 from avd_jax.ops.masks import Sight
 from avd_jax.ops.routing import Routing
@@ -156,7 +157,7 @@ def _add(tally: Tally, sums, layout, phase, chunk, queries) -> Tally:
   return jax.tree.map(add, tally, more)
 
 
-def watched(cfg: dit.DiTConfig, watch: Watch) -> Denoiser:
+def watched(cfg: DiTConfig, watch: Watch) -> Denoiser:
   """A CausalDiT whose cached face is looked at; its caches are `Watched`."""
   plain = denoiser_lib.make(cfg)
 

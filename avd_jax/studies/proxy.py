@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from avd_jax import sampling
 from avd_jax.algorithms import flow_loss, histories
 from avd_jax.models import denoiser as denoiser_lib
-from avd_jax.models.dit import DiTConfig
+from avd_jax.models.dit_config import DiTConfig
 from avd_jax.sampling import Sampler
 from avd_jax.studies.rollouts import Prompts
 from avd_jax.training.program import LEVELS

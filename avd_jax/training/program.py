@@ -23,8 +23,9 @@ from avd_jax.algorithms import (
 from avd_jax.config import typed
 from avd_jax.data.pipeline import DataConfig
 from avd_jax.diffusion import flow_matching
-from avd_jax.models import attention, dit
+from avd_jax.models import attention
 from avd_jax.models import denoiser as denoiser_lib
+from avd_jax.models.dit_config import DiTConfig
 from avd_jax.training import optim
 from avd_jax.training import state as state_lib
 from avd_jax.training.state import TrainState
@@ -65,8 +66,8 @@ class Program:
   mesh: Mesh
 
   @functools.cached_property
-  def model(self) -> dit.DiTConfig:
-    return typed(dit.DiTConfig, self.config.model)
+  def model(self) -> DiTConfig:
+    return typed(DiTConfig, self.config.model)
 
   def check(self) -> None:
     """Refuses what this mesh's devices cannot compute, before they try.

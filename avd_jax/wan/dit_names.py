@@ -1,6 +1,6 @@
 """Wan2.1's transformer in files: the original's names and diffusers'."""
 
-from avd_jax.models.dit import DiTConfig
+from avd_jax.models.dit_config import DiTConfig
 from avd_jax.wan.names import Tensor
 
 _EMBEDDER = "condition_embedder."

@@ -33,7 +33,7 @@ from avd_jax import parallel
 from avd_jax.checkpoint import read_json
 from avd_jax.errors import UserError
 from avd_jax.models import denoiser, umt5, vae
-from avd_jax.models.dit import DiTConfig
+from avd_jax.models.dit_config import DiTConfig
 from avd_jax.models.umt5 import UMT5Config
 from avd_jax.models.vae import VAEConfig
 from avd_jax.typing import Params

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from avd_jax.errors import UserError
-from avd_jax.models.dit import DiTConfig
+from avd_jax.models.dit_config import DiTConfig
 from avd_jax.models.umt5 import UMT5Config
 from avd_jax.models.vae import VAEConfig
 from avd_jax.wan.sources import Source, some

@@ -14,7 +14,7 @@ from typing import Any
 
 from avd_jax.checkpoint import read_json
 from avd_jax.errors import UserError
-from avd_jax.models.dit import DiTConfig
+from avd_jax.models.dit_config import DiTConfig
 from avd_jax.models.umt5 import UMT5Config
 from avd_jax.models.vae import VAEConfig
 from avd_jax.wan import dit_names, readers, umt5_names, vae_names
