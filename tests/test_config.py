@@ -158,7 +158,7 @@ def test_differences_name_fields_but_not_free_ones():
     ("model.attention.window=0", "window 0"),
     ("model.attention.sink=1", "attention.sink needs model.attention.window"),
     ("model.text=clip", "model.text 'clip' is not one of"),
-    ("model.text=embeddings", "model.text 'embeddings' needs"),
+    ("model.text=embeddings", "model.text 'embeddings' with data.source"),
     ("model.prediction=eps", "model.prediction 'eps'"),
     ("data.frames=0", "frames=0"),
     ("data.batch_size=0", "batch_size=0"),

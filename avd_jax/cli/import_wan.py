@@ -1,4 +1,4 @@
-"""Import Wan2.1's weights into a checkpoint to train or sample from.
+"""Import Wan2.1's weights into a checkpoint.
 
   avd import-wan --source Wan2.1-T2V-1.3B --out runs/wan
   avd import-wan --source self_forcing_dmd.pt --out runs/forced

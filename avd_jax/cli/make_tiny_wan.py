@@ -1,9 +1,9 @@
-"""Make a tiny Wan2.1 with random weights, to try the other jobs on.
+"""Make a tiny Wan2.1 with random weights.
 
   avd make-tiny-wan --out tiny
   avd make-tiny-wan --out tiny --layout diffusers --seed 7
 
-Writes the files of the real thing, a few MB of them: the original repository's,
+To try the other jobs on: writes the files of the real thing, a few MB of them: the original repository's,
 diffusers', or the one that Self Forcing saves (a transformer only).
 """
 

@@ -96,12 +96,16 @@ def check(config: ConfigDict, frames: int = 0, trains: bool = True) -> None:
       f"model.spatial_embedding {model.spatial_embedding} must be the frame's"
       f" grid of tokens, {grid}, or None"
     )
-  if trains and model.channels != 3:
-    raise UserError(f"model.channels {model.channels}: videos have 3")
-  if trains and model.text == "embeddings":
+  latents = data.source == "latents"
+  if trains and not latents and model.channels != 3:
     raise UserError(
-      "model.text 'embeddings' needs embeddings made beforehand; videos with"
-      " captions take 'bytes' (or 'none')"
+      f"model.channels {model.channels}: videos have 3 (data.source 'latents'"
+      " may have others)"
+    )
+  if trains and (model.text == "embeddings") != latents:
+    raise UserError(
+      f"model.text {model.text!r} with data.source {data.source!r}: latents"
+      " come with 'embeddings', all others take 'bytes' or 'none'"
     )
   for name, count in (
     ("data.frames", data.frames),

@@ -19,7 +19,7 @@ from avd_jax.data import captions, worlds
 from avd_jax.errors import UserError
 from avd_jax.typing import Batch
 
-SOURCES = ("worlds", "video", "tfds")
+SOURCES = ("worlds", "video", "tfds", "latents")
 
 
 @runtime_checkable
@@ -44,10 +44,11 @@ class DataConfig:
   """Where videos come from and how they are batched.
 
   Attributes:
-    source: "worlds" (drawn), "video" (a folder of files) or "tfds".
-    path: the folder of "video"; for "tfds" the data_dir, or the folder of one
-      prepared data set.
-    frames, height, width: of a clip, in pixel space.
+    source: "worlds" (drawn), "video" (a folder of files), "tfds", or "latents"
+      (what `avd encode` wrote).
+    path: the folder of "video" or "latents"; for "tfds" the data_dir, or the
+      folder of one prepared data set.
+    frames, height, width: of a clip, in pixels; of "latents", in latents.
     batch_size: global, over all processes.
     text_length: caption tokens.
     seed: of worlds, order and clips; 0 to 2**32 - 1.
@@ -56,8 +57,8 @@ class DataConfig:
       or decode; worlds are drawn by one.
     stride: every stride-th frame of a file; exclusive with fps.
     fps: if given, the stride that comes nearest to this rate, file by file.
-    eval_files: files of a folder held out for the eval split, spread evenly
-      over the sorted list; with 0 both splits read every file.
+    eval_files: files of a folder (videos of "latents") held out for the eval
+      split, spread evenly over the sorted list; with 0 both splits read all.
     cache_mb: a folder that fits in this, at the size of a clip, is decoded
       once and kept in memory (of each process); 0 decodes every clip anew.
     name: of the TFDS data set; "" where path is its own folder.
@@ -183,6 +184,22 @@ def _make_source(cfg: DataConfig, split: str) -> Source:
     )
     captions.encode_bytes(worlds.longest_caption(cfg.world), cfg.text_length)
     return source
+  if cfg.source == "latents":
+    from avd_jax.data import latent_store
+
+    source = latent_store.LatentSource(
+      cfg.path, cfg.frames, split, cfg.eval_files
+    )
+    for what, found, asked in (
+      ("latents", source.spec.shape[1:3], (cfg.height, cfg.width)),
+      ("text_length", source.spec.text_length, cfg.text_length),
+    ):
+      if found != asked:
+        raise UserError(
+          f"{cfg.path}: its {what} are {found}, data.height, width and"
+          f" text_length ask for {asked}"
+        )
+    return source
   # Not at the top: a run on worlds needs neither PyAV nor TFDS.
   from avd_jax.data import sources
 
@@ -217,6 +234,13 @@ def _make_source(cfg: DataConfig, split: str) -> Source:
   return source
 
 
+def _text(record: dict[str, Any], length: int) -> np.ndarray:
+  """Embeddings made beforehand, or a caption's bytes."""
+  if "text" in record:
+    return record["text"]
+  return captions.encode_bytes(record["caption"], length)
+
+
 @dataclasses.dataclass(frozen=True)
 class _SampleClip(grain.transforms.RandomMap):
   """Reads record `index` of the source as a clip and its tokens."""
@@ -228,7 +252,7 @@ class _SampleClip(grain.transforms.RandomMap):
     record = self.source.clip(int(index), rng)
     return Batch(
       x=record["video"],
-      text=captions.encode_bytes(record["caption"], self.text_length),
+      text=_text(record, self.text_length),
       given=np.int32(record.get("given", 0)),
     )
 
@@ -324,9 +348,7 @@ def fixed_batch(
   records = [source[i] for i in indices]
   batch = Batch(
     x=np.stack([r["video"] for r in records]),
-    text=np.stack(
-      [captions.encode_bytes(r["caption"], cfg.text_length) for r in records]
-    ),
+    text=np.stack([_text(record, cfg.text_length) for record in records]),
     given=np.array([r.get("given", 0) for r in records], np.int32),
   )
   if "state" not in records[0]:

@@ -73,7 +73,7 @@ class VideoFolderSource:
     self._size = (height, width)
     self._frames, self._stride, self._fps = frames, stride, fps
     self._warned: set[int] = set()
-    files = _hold_out(path, _find(path), split, eval_files)
+    files = _hold_out(path, find(path), split, eval_files)
     with ThreadPoolExecutor(min(8, len(files))) as pool:
       probed = list(pool.map(_probe, files))
     good = [
@@ -111,7 +111,7 @@ class VideoFolderSource:
       )
     self.paths = [f for f, _ in long]
     self.infos = [info for _, info in long]
-    self.captions = [_caption_beside(f) for f in self.paths]
+    self.captions = [caption_beside(f) for f in self.paths]
     total = sum(info.frames for info in self.infos) * height * width * 3
     self._keep = total <= cache_mb << 20
     self._kept: dict[int, np.ndarray | None] = {}
@@ -287,7 +287,7 @@ class TfdsSource:
     return record
 
 
-def _find(path: str | os.PathLike) -> list[Path]:
+def find(path: str | os.PathLike) -> list[Path]:
   folder = Path(path)
   if not os.fspath(path) or not folder.is_dir():
     raise UserError(
@@ -333,7 +333,7 @@ def _probe(file: Path) -> video.VideoInfo | UserError:
     return error
 
 
-def _caption_beside(file: Path) -> str:
+def caption_beside(file: Path) -> str:
   beside = file.with_suffix(".txt")
   if not beside.is_file():
     return ""

@@ -121,6 +121,9 @@ def train(
     # Wrong data: before any compute. Of a run that is done, it may be gone.
     left = step != plan[-1].last
     source = pipeline.make_source(data) if left else None
+    if isinstance(null := getattr(source, "null_text", None), np.ndarray):
+      program = dataclasses.replace(program, null_text=null)
+      program.check()
     if step is None:
       step, given = 0, initial_weights(config, program)
       state = program.begin_stage(program.init(), plan[0].name, given)

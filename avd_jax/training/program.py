@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -60,10 +61,13 @@ class Program:
   Attributes:
     config: the run's.
     mesh: what it runs on.
+    null_text: what stands for no text, float32 [m d], where texts are
+      embeddings; None is zeros, as bytes have it.
   """
 
   config: ConfigDict
   mesh: Mesh
+  null_text: np.ndarray | None = None
 
   @functools.cached_property
   def model(self) -> DiTConfig:
@@ -77,6 +81,12 @@ class Program:
         implementation that cannot do this model.
     """
     model, x = self.model, self.batch.x
+    null, wanted = self.null_text, self.batch.text.shape[1:]
+    if null is not None and null.shape != wanted:
+      raise UserError(
+        f"data.path holds texts of {null.shape}, the model reads {wanted}:"
+        " change data.text_length or model.text_dim"
+      )
     rows, columns = model.grid(*x.shape[2:4])
     tokens = model.chunk_frames * rows * columns
     parallel.check_divides(self.mesh, tokens=tokens, heads=model.num_heads)
@@ -109,8 +119,11 @@ class Program:
     config = self.config.loss
     denoiser = denoiser_lib.make(self.model, self.mesh)
     levels = LEVELS[config.levels](config.shift)
+    null = self.null_text
+    if null is None:
+      null = np.zeros(self.batch.text.shape[1:], self.batch.text.dtype)
     shared = dict(
-      null_text=jnp.zeros(self.batch.text.shape[1:], self.batch.text.dtype),
+      null_text=jnp.asarray(null),
       text_dropout=0.0 if self.model.text == "none" else config.text_dropout,
       skip_chunks=config.skip_chunks,
     )
