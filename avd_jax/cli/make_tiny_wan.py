@@ -3,8 +3,9 @@
   avd make-tiny-wan --out tiny
   avd make-tiny-wan --out tiny --layout diffusers --seed 7
 
-To try the other jobs on: writes the files of the real thing, a few MB of them: the original repository's,
-diffusers', or the one that Self Forcing saves (a transformer only).
+To try the other jobs on: writes the files of the real thing, a few MB of them:
+the original repository's, diffusers', or the one that Self Forcing saves (a
+transformer only).
 """
 
 import argparse
