@@ -288,6 +288,11 @@ class TfdsSource:
 
 
 def find(path: str | os.PathLike) -> list[Path]:
+  """The video files of a folder and of all folders in it, by sorted path.
+
+  Raises:
+    UserError: no such folder, or no video in it.
+  """
   folder = Path(path)
   if not os.fspath(path) or not folder.is_dir():
     raise UserError(
@@ -334,6 +339,11 @@ def _probe(file: Path) -> video.VideoInfo | UserError:
 
 
 def caption_beside(file: Path) -> str:
+  """The text of the .txt beside a video, "" without one.
+
+  Raises:
+    UserError: text that is not UTF-8.
+  """
   beside = file.with_suffix(".txt")
   if not beside.is_file():
     return ""
