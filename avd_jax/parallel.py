@@ -30,6 +30,7 @@ RULES = (
 TOKENS = ("batch", None, "tokens", None)  # [b n s e]
 HEADS = ("batch", None, "tokens", "heads", None)  # [b n s a d]
 MEANS = ("batch", None, "heads", None)  # [b n a d]
+TEXT = ("batch", None, None)  # [b m e]
 
 
 def spec(names: Sequence[str | None]) -> PartitionSpec:

@@ -275,7 +275,8 @@ class CausalDiT(nn.Module):
       return e, e0, None
     if c.text == "bytes":
       text = self.conditioner(text)
-    return e, e0, self.text_embedding(text.astype(c.dtype))
+    context = self.text_embedding(text.astype(c.dtype))
+    return e, e0, parallel.constrain(context, self.place, parallel.TEXT)
 
   def predict(
     self, tokens: Float[Array, "b n s e"], e, x, t

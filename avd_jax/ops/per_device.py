@@ -29,8 +29,8 @@ from avd_jax.ops.masks import Sight
 from avd_jax.ops.reference import Out, merge
 from avd_jax.ops.routing import Routing
 
-CHUNKS = PartitionSpec(*parallel.BATCH, None, "context", "tensor", None)
-MEANS = PartitionSpec(*parallel.BATCH, None, "tensor", None)
+CHUNKS = parallel.spec(parallel.HEADS)
+MEANS = parallel.spec(parallel.MEANS)
 
 
 def shards(mesh: Mesh) -> tuple[int, int, int]:
