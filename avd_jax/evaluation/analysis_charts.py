@@ -173,7 +173,7 @@ def _plain(ax: Axes, title: str, theme: Theme) -> None:
   ax.set_title(title, color=theme.ink, fontsize=9, loc="left")
   ax.grid(color=theme.faint, lw=0.5)
   ax.set_axisbelow(True)
-  ax.tick_params(colors=theme.ink, labelsize=8)
+  ax.tick_params(which="both", colors=theme.ink, labelsize=8)
   ax.spines[["top", "right"]].set_visible(False)
 
 

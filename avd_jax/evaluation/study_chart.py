@@ -116,7 +116,10 @@ def curves(
     layout="constrained",
   )
   behind = sorted({against[row] for row in rows} & set(rows))
-  note = f" over the frames; grey: {' or '.join(behind)}" if behind else ""
+  note = ""
+  if behind:
+    grey = behind[0] if len(behind) == 1 else "the row each is compared with"
+    note = f" over the frames; grey: {grey}"
   if given < train_frames:
     note += "; dotted: length in training"
   blocks = np.ravel(figure.subfigures(max(1, len(titles)), 1, squeeze=False))

@@ -9,7 +9,8 @@ top of it, whose corrective clips run backwards in time. BAgger rewrites their
 captions to say so; these networks hear none, but for one of the glass, which is
 conditioned on captions in training and at test. A violation of the world's law
 (speed kept; level never falling; width never shrinking) is counted frame by
-frame. Hardware: 2 CPU cores. Expected: not measured yet.
+frame. Hardware: 2 CPU cores. Expected:
+docs/evidence/reversal.md.
 """
 
 import runpy
@@ -81,8 +82,18 @@ def get_study():
     branches=tuple(branches),
     rows=tuple(rows),
     baseline="balls: diffusion forcing",
+    shown=("violation", "background_error"),
     claims=(
       "BAgger's authors state the limit: processes such as pouring or breaking"
       " are not closed under time reversal; they do not measure it."
+    ),
+    found=(
+      "Where no caption says that time runs backwards, yes: with BAgger the"
+      " glass breaks its law in 42 % of the frames after one round and in 27 %"
+      " after two (0.5 % before), ink in 5 and 8 % (0.4 % before), and even the"
+      " ball, whose law holds both ways, in 16 and 18 % (10 % before). Where the"
+      " network hears captions, which BAgger rewrites, the glass keeps its law"
+      " (0.6 and 0.4 %) at 1 to 3 dB of PSNR; in none of these worlds did"
+      " BAgger lower the drift of a model that had seen clean context."
     ),
   )
