@@ -145,7 +145,7 @@ def shared():
   """
   with pytest.MonkeyPatch.context() as patch:
     for cls, name, key in (
-      (Program, "_boxed", program_key),
+      (Program, "boxed", program_key),
       (Program, "_steps", program_key),
       (Sampler, "_prefill", sampler_key),
       (Sampler, "_segment", sampler_key),

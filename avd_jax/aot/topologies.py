@@ -100,6 +100,7 @@ _CUDNN = 91000
 # of v5p also whole cubes of 4 x 4 x 4 chips in a row, a plane or a block.
 _FLAT = ["1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"]
 _SMALL = ["2x2x1", "2x2x2", "2x2x4", "2x4x4"]
+_CUBES = ["4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16"]
 _MOST_CHIPS = 6144  # of a v5p slice
 _PER_HOST = 8  # GPUs
 HOST = "cpu"  # this machine's cores, as so many devices
@@ -166,6 +167,23 @@ def named(target: str) -> tuple[str, str]:
       f" {there_are}"
     )
   return name, f"{name}:{size}"
+
+
+def larger(target: str) -> list[str]:
+  """Targets of the same devices, and more of them, smallest first."""
+  name, _, size = target.partition(":")
+  if name == HOST:
+    return []
+  if find(name).platform == "gpu":
+    count = int(size)
+    return [
+      f"{name}:{max(_PER_HOST, count) * n}"
+      for n in (1, 2, 4, 8, 16)
+      if max(_PER_HOST, count) * n > count
+    ]
+  sizes = _FLAT if name != "v5p" else [*_SMALL, *_CUBES]
+  chips = lambda size: math.prod(map(int, size.split("x")))
+  return [f"{name}:{other}" for other in sizes if chips(other) > chips(size)]
 
 
 def _cubes(size: str) -> bool:

@@ -16,6 +16,8 @@ COMMANDS = (
   "inspect",
   "bench",
   "compile-check",
+  "plan",
+  "scaling",
   "encode",
   "import-wan",
   "export-wan",
@@ -23,8 +25,7 @@ COMMANDS = (
 )
 
 DESCRIPTION = """\
-Trains autoregressive video diffusion models that do not drift, and measures
-how much they do.
+Trains autoregressive video diffusion that does not drift; measures the drift.
 
   avd demo                                   the whole story in ten minutes
   avd train --config configs/worlds_tiny.py --workdir runs/x

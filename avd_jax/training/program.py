@@ -237,13 +237,14 @@ class Program:
     return state_lib.create(params, tx, memory, seed)
 
   @functools.cached_property
-  def _boxed(self) -> TrainState:
+  def boxed(self) -> TrainState:
+    """The state's shapes, boxed with logical axes."""
     return jax.eval_shape(self._create, jnp.uint32(0))
 
   @functools.cached_property
   def shardings(self) -> TrainState:
     """Where every leaf of the state lives."""
-    return parallel.state_shardings(self._boxed, self.mesh)
+    return parallel.state_shardings(self.boxed, self.mesh)
 
   def abstract_state(self) -> TrainState:
     """Shapes, types and shardings, with nothing allocated."""
@@ -251,7 +252,7 @@ class Program:
       lambda s, sharding: jax.ShapeDtypeStruct(
         s.shape, s.dtype, sharding=sharding
       ),
-      nn.meta.unbox(self._boxed),
+      nn.meta.unbox(self.boxed),
       self.shardings,
     )
 

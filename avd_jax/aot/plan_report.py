@@ -1,0 +1,299 @@
+"""A plan as a table, and as plain values for a file."""
+
+import importlib.metadata
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from avd_jax.aot import chips, topologies
+from avd_jax.aot.plan_compile import ROLLOUT, Figures
+from avd_jax.aot.plan_search import Candidate, fitting
+from avd_jax.aot.planner import Plan
+
+DAY = 24 * 3600
+ASSUMPTIONS = (
+  "Times are bounds from below: the chip's data-sheet peaks, and computing,"
+  " memory traffic and exchange all behind the longest of them.",
+  "Computing is the larger of what is needed, with the blocks' recomputing, and"
+  " what is counted in the compiled program; work inside kernels shows in the"
+  " first alone.",
+  "Memory traffic is what goes in and out of fusions; exchange is a ring for"
+  " each collective, one after another, through links that nobody else uses.",
+  "Data, checkpoints, evaluation and restarts take no time.",
+)
+
+
+# What a row says, and a cell of it for each program.
+Row = tuple[str, list[str]]
+Size = Callable[[float | None], str]
+
+
+def _unit(plan: Plan) -> tuple[str, Size]:
+  """The unit that a plan's bytes are shown in, and how."""
+  large = plan.heaviest.needed >= 4 * chips.GIB
+  name, unit, digits = ("GiB", chips.GIB, 2) if large else ("MiB", 2**20, 1)
+
+  def size(count: float | None) -> str:
+    return "-" if count is None else f"{count / unit:,.{digits}f}"
+
+  return name, size
+
+
+def _number(value: float | None) -> str:
+  return "-" if value is None else f"{value:.3g}"
+
+
+def _share(value: float | None) -> str:
+  return "-" if value is None else f"{value:.0%}"
+
+
+def _title(key: tuple[str, int]) -> str:
+  name, local = key
+  return f"{name}, full" if local else name
+
+
+def table(plan: Plan) -> str:
+  """A plan, a column for each program."""
+  titles = [_title(key) for key in plan.figures]
+  width = max(11, *(len(title) + 2 for title in titles))
+  mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
+  weights = next(iter(plan.figures.values())).parameters
+  lines = [
+    f"{plan.target}: mesh {mesh} = {plan.devices}; {weights:,} parameters",
+    "",
+  ]
+  rows = [("", titles), *_memory(plan), *_work(plan), *_times(plan)]
+  for what, cells in rows:
+    line = f"{what:<31}" + "".join(f"{cell:>{width}}" for cell in cells)
+    lines.append(line.rstrip())
+  return "\n".join([*lines, *_recipe_rows(plan), "", *_remarks(plan)])
+
+
+def _memory(plan: Plan) -> Iterator[Row]:
+  unit, size = _unit(plan)
+  programs = list(plan.figures.values())
+  yield f"memory of a device, {unit}", []
+  for part in dict.fromkeys(part for f in programs for part in f.memory):
+    if part != "in all":
+      yield f"  {part}", [size(f.memory.get(part)) for f in programs]
+  yield "  in all", [size(f.needed) for f in programs]
+  if plan.limit is not None:
+    fit = ["yes" if f.fits(plan.limit) else "NO" for f in programs]
+    yield "  there is", [size(plan.limit)] * len(programs)
+    yield "  left", [size(plan.limit - f.needed) for f in programs]
+    yield "  fits", fit
+
+
+def _work(plan: Plan) -> Iterator[Row]:
+  unit, size = _unit(plan)
+  programs = list(plan.figures.values())
+  yield "FLOPs of a step, all devices", []
+  yield "  needed", [_number(f.flops) for f in programs]
+  yield "  needed, and recomputed", [_number(f.done) for f in programs]
+  yield (
+    "  compiled, loops as they run",
+    [_number(f.compiled_flops) for f in programs],
+  )
+  yield "  compiled, loops once (XLA)", [_number(f.xla_flops) for f in programs]
+  yield f"{unit} in and out of memory", [size(f.traffic) for f in programs]
+  yield f"{unit} a device sends (times)", []
+  kinds = dict.fromkeys(c[:2] for f in programs for c in f.collectives)
+  for kind, axes in kinds:
+    sent = [_sent(f, kind, axes) for f in programs]
+    where = f", {'+'.join(axes)}" if axes else ""
+    yield f"  {kind}{where}", [f"{size(n)} ({times})" for times, n in sent]
+
+
+def _sent(
+  figures: Figures, kind: str, axes: tuple[str, ...]
+) -> tuple[int, int]:
+  """(times, bytes) of a kind of collective along some axes."""
+  for exchange in figures.collectives:
+    if exchange[:2] == (kind, axes):
+      return exchange.times, exchange.sent
+  return 0, 0
+
+
+def _times(plan: Plan) -> Iterator[Row]:
+  programs = list(plan.figures.values())
+  if not any(f.seconds for f in programs):
+    return
+  yield "seconds of a step, at least", []
+  for part in ("compute", "memory", "links"):
+    yield f"  {part}", [_number(f.seconds.get(part)) for f in programs]
+  yield "  the longest", [_number(f.least) for f in programs]
+  yield "MFU, at most", [_share(plan.mfu(f)) for f in programs]
+
+
+def recipe(plan: Plan) -> dict[str, dict[str, float | int | None]]:
+  """Steps, seconds of a step, days and device-hours of each stage, at least."""
+  stages = [name for name in plan.config.stages if (name, 0) in plan.figures]
+  found = {}
+  for name in stages:
+    steps, seconds = plan.config.stage[name].steps, plan.seconds(name)
+    whole = None if seconds is None else steps * seconds
+    found[name] = {
+      "steps": steps,
+      "step_seconds": seconds,
+      "days": None if whole is None else whole / DAY,
+      "device_hours": None if whole is None else whole * plan.devices / 3600,
+    }
+  return found
+
+
+def _total(rows: dict[str, dict[str, Any]], what: str) -> float | None:
+  values = [row[what] for row in rows.values()]
+  return None if None in values or not values else sum(values)
+
+
+def _recipe_rows(plan: Plan) -> Iterator[str]:
+  rows = recipe(plan)
+  if _total(rows, "days") is None:
+    return
+  yield ""
+  head = f"{'steps':>11}{'days':>11}{'device-hours':>15}"
+  yield f"{'the recipe, at least':<32}{head}"
+  for name, row in rows.items():
+    yield (
+      f"  {name:<30}{row['steps']:>11,}{row['days']:>11.3g}"
+      f"{row['device_hours']:>15,.4g}"
+    )
+  days, hours = (_total(rows, what) for what in ("days", "device_hours"))
+  yield f"  {'in all':<30}{'':>11}{days:>11.3g}{hours:>15,.4g}"
+
+
+def _remarks(plan: Plan) -> Iterator[str]:
+  lines = []
+  for key, figures in plan.figures.items():
+    lines += [f"{_title(key)}: {line}" for line in _said(figures)]
+  rollout = plan.figures.get((ROLLOUT, 0))
+  if rollout:
+    lines.append(
+      f"{ROLLOUT}: a step is a segment of {rollout.frames} latent frames, of"
+      f" {rollout.videos} videos at once, one for each share of the batch"
+    )
+  if any(f.seconds for f in plan.figures.values()):
+    lines += ASSUMPTIONS
+  for line in lines:
+    yield textwrap.fill(line, 80, subsequent_indent="  ")
+
+
+def _said(figures: Figures) -> Iterator[str]:
+  if figures.refused:
+    yield figures.refused
+  if figures.unknown_loops:
+    loops = ", ".join(sorted(set(figures.unknown_loops)))
+    yield (
+      f"{len(figures.unknown_loops)} loops without a known number of trips are"
+      f" counted once: {loops}"
+    )
+  if figures.kernels:
+    calls = ", ".join(f"{n} ({t})" for n, t in figures.kernels.items())
+    yield f"kernels, whose work is not counted as compiled: {calls}"
+  yield from figures.notes
+
+
+def record(
+  plan: Plan, tried: Sequence[Candidate] = (), advice: Sequence[str] = ()
+) -> dict[str, Any]:
+  """A plan as plain values.
+
+  `flops_per_step`, `step_seconds` and `mfu` are of the stage that computes most
+  (`stage`); `hbm_bytes_per_device` of the program that needs most memory.
+  """
+  key = plan.main
+  figures, rows = plan.figures[key], recipe(plan)
+  chip = chips.find(topologies.named(plan.target)[0])
+  return {
+    "target": plan.target,
+    "devices": plan.devices,
+    "mesh": plan.mesh,
+    "fits": plan.fits,
+    "hbm_bytes_per_device": plan.heaviest.needed,
+    "hbm_limit_bytes": plan.limit,
+    "parameters": figures.parameters,
+    "stage": key[0],
+    "flops_per_step": figures.flops,
+    "step_seconds": figures.least,
+    "mfu": plan.mfu(figures),
+    "programs": {_title(k): _values(plan, f) for k, f in plan.figures.items()},
+    "recipe": {
+      "stages": rows,
+      "days": _total(rows, "days"),
+      "device_hours": _total(rows, "device_hours"),
+    },
+    "advice": list(advice),
+    "search": [_tried(candidate) for candidate in tried],
+    "assumptions": list(ASSUMPTIONS),
+    "sources": list(chip.sources) if chip else [],
+    "versions": versions(),
+  }
+
+
+def _values(plan: Plan, figures: Figures) -> dict[str, Any]:
+  return {
+    "parameters": figures.parameters,
+    "fits": figures.fits(plan.limit),
+    "hbm_bytes": figures.memory,
+    "flops": figures.flops,
+    "flops_with_recomputing": figures.done,
+    "flops_compiled": figures.compiled_flops,
+    "flops_by_xla": figures.xla_flops,
+    "memory_traffic_bytes": figures.traffic,
+    "collectives": [exchange._asdict() for exchange in figures.collectives],
+    "kernels": figures.kernels,
+    "unknown_loops": figures.unknown_loops,
+    "seconds": figures.seconds,
+    "step_seconds": figures.least,
+    "mfu": plan.mfu(figures),
+    "videos": figures.videos,
+    "frames": figures.frames,
+    "compile_seconds": figures.compile_seconds,
+    "notes": figures.notes,
+    "refused": figures.refused,
+  }
+
+
+def _tried(candidate: Candidate) -> dict[str, Any]:
+  figures = candidate.figures
+  return {
+    "mesh": candidate.mesh,
+    "remat": candidate.config.model.remat,
+    "accumulation": candidate.config.optimizer.accumulation,
+    "least_bytes": candidate.memory,
+    "guessed_seconds": candidate.guess,
+    "failure": candidate.failure,
+    "hbm_bytes_per_device": figures and figures.needed,
+    "step_seconds": figures and figures.least,
+  }
+
+
+def ranking(tried: Sequence[Candidate], limit: int | None) -> str:
+  """What a search has found that fits, best first."""
+  good = fitting(tried, limit)
+  compiled = sum(candidate.figures is not None for candidate in tried)
+  late = sum(candidate.failure == "no time left" for candidate in tried)
+  head = (
+    f"search: {len(tried)} ways to cut it, {compiled} compiled, {len(good)} fit"
+  )
+  lines = [head + (f"; {late} left when time ran out" if late else "")]
+  for place, candidate in enumerate(good, 1):
+    config, figures = candidate.config, candidate.figures
+    sizes = " x ".join(map(str, candidate.mesh.values()))
+    lines.append(
+      f"{place:>4}. {sizes:<18} remat {config.model.remat:<6} accumulation"
+      f" {config.optimizer.accumulation:<3} {_number(figures.least):>9} s"
+      f" {figures.needed / chips.GIB:>8.2f} GiB"
+    )
+  return "\n".join(lines)
+
+
+def versions() -> dict[str, str | None]:
+  """Of what made a plan."""
+  found = {}
+  for package in ("jax", "jaxlib", "libtpu", "jax_cuda13_plugin"):
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      found[package] = None
+  return found
