@@ -4,7 +4,6 @@ Saves are atomic: a directory without orbax's final rename does not count as a
 checkpoint, so a run that dies while saving resumes from the one before.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -121,17 +120,3 @@ def open_existing(workdir: str | Path) -> tuple[Checkpoints, int]:
       f"workdir {path} has no whole checkpoint; train into it first"
     )
   return checkpoints, step
-
-
-def read_json(path: Path) -> Any:
-  """A JSON file.
-
-  Raises:
-    UserError: missing or not JSON.
-  """
-  try:
-    return json.loads(path.read_text())
-  except FileNotFoundError as error:
-    raise UserError(f"{path} does not exist") from error
-  except json.JSONDecodeError as error:
-    raise UserError(f"{path} is not valid JSON: {error}") from error

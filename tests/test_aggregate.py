@@ -121,7 +121,7 @@ def test_a_source_can_be_handed_to_workers(store):
 def test_a_store_takes_one_kind_of_trajectories(store, change, says):
   aggregate.claim(store, SPEC)
   before = sorted(f.read_bytes() for f in store.iterdir())
-  with pytest.raises(UserError, match=f"holds trajectories of {says}"):
+  with pytest.raises(UserError, match=f"was begun with {says}"):
     aggregate.claim(store, dataclasses.replace(SPEC, **change))
   assert sorted(f.read_bytes() for f in store.iterdir()) == before
 
@@ -174,7 +174,7 @@ def test_damage_and_loss_are_named(store):
   file.write_bytes(content)
   aggregate.Aggregate(store, 2)
   (store / "store.json").write_text("{}")
-  with pytest.raises(UserError, match="does not describe a store"):
+  with pytest.raises(UserError, match="does not describe trajectories"):
     aggregate.Aggregate(store, 2)
   with pytest.raises(UserError, match="no store of trajectories"):
     aggregate.Aggregate(store / "nowhere", 2)

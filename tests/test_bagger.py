@@ -13,7 +13,7 @@ from bagger_config import get_config
 from bagger_runs import CONFIG, assert_each_once, contents, manifest, run
 
 from avd_jax import config as config_lib
-from avd_jax import sampling
+from avd_jax import disk, sampling
 from avd_jax.algorithms import bagger
 from avd_jax.bagger import rounds
 from avd_jax.bagger.rollouts import Rollouts
@@ -339,7 +339,7 @@ def test_a_workdir_belongs_to_one_config(copy, section, change, says):
 def test_a_store_of_another_codec_is_refused(copy):
   spec = aggregate.spec(copy / "store")
   other = dataclasses.replace(spec, codec="vae")
-  aggregate.write_json(copy / "store" / "store.json", dataclasses.asdict(other))
+  disk.write_json(copy / "store" / "store.json", dataclasses.asdict(other))
   kept = contents(copy)
   with pytest.raises(UserError, match="codec 'vae', not 'pixels'"):
     run(get_config(), copy)

@@ -15,7 +15,7 @@ import pytest
 from bagger_config import get_config
 from bagger_runs import assert_each_once, assert_same_result, manifest, run
 
-from avd_jax import sampling
+from avd_jax import disk, sampling
 from avd_jax.bagger.rollouts import Rollouts
 from avd_jax.data import aggregate, pipeline
 from avd_jax.training import loop
@@ -100,23 +100,23 @@ def of_shard(name):
 
 KILLS = {
   "training the base": lambda: at_batch(3, 0),
-  "planning": lambda: before(aggregate, "write_json", written("1/plan.json")),
+  "planning": lambda: before(disk, "write_json", written("1/plan.json")),
   "writing a shard": lambda: torn_shard("round_01_batch_00000"),
   "rolling out": lambda: before(
     aggregate, "write_shard", of_shard("round_01_batch_00001")
   ),
   "finishing the store": lambda: before(
-    aggregate, "write_json", written("store/round_01.json")
+    disk, "write_json", written("store/round_01.json")
   ),
   "after the store": lambda: after(
-    aggregate, "write_json", written("store/round_01.json")
+    disk, "write_json", written("store/round_01.json")
   ),
   "training": lambda: at_batch(3, 1),
   "before the manifest": lambda: before(
-    aggregate, "write_json", written("1/manifest.json")
+    disk, "write_json", written("1/manifest.json")
   ),
   "between rounds": lambda: after(
-    aggregate, "write_json", written("1/manifest.json")
+    disk, "write_json", written("1/manifest.json")
   ),
   "in the second round": lambda: after(
     aggregate, "write_shard", of_shard("round_02_batch_00001")

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from avd_jax import checkpoint
 from avd_jax import config as config_lib
+from avd_jax import disk
 from avd_jax.algorithms.histories import Degradation
 from avd_jax.data.pipeline import DataConfig
 from avd_jax.errors import UserError
@@ -351,7 +351,7 @@ def test_missing_files_are_named(tmp_path):
 def test_json_that_is_missing_or_damaged_is_named(tmp_path):
   path = tmp_path / "config.json"
   with pytest.raises(UserError, match=r"config\.json does not exist"):
-    checkpoint.read_json(path)
+    disk.read_json(path)
   path.write_text('{"seed": ')
   with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
-    checkpoint.read_json(path)
+    disk.read_json(path)

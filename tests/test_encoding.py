@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from avd_jax import disk
 from avd_jax.cli import main
 from avd_jax.data import aggregate, latent_store, video
 from avd_jax.errors import UserError
@@ -193,9 +194,9 @@ def lost(call):
     [("latents", 5), ("latents", 3), ("latents", 0)],
     # The store's own file, the null text, the first shard, the second one;
     # then a shard that is whole, but not yet in the index.
-    [("json", 0), *(("torn", i) for i in (0, 1, 1)), ("index", 0)],
+    [("store", 0), *(("torn", i) for i in (0, 1, 1)), ("index", 0)],
     # The lists at the end, the index after them.
-    [("json", 3), ("json", 1)],
+    [("json", 2), ("json", 1)],
   ],
 )
 def test_killed_anywhere_it_ends_the_same(
@@ -205,9 +206,9 @@ def test_killed_anywhere_it_ends_the_same(
     with monkeypatch.context() as patch:
       if what == "latents":
         patch.setattr(encoder, "latents", dies(encoder.latents, call))
-      elif what == "json":
-        write = aggregate.write_json
-        patch.setattr(aggregate, "write_json", dies(write, call))
+      elif what in ("store", "json"):
+        name = {"store": "create_json", "json": "write_json"}[what]
+        patch.setattr(disk, name, dies(getattr(disk, name), call))
       elif what == "index":
         patch.setattr(latent_store, "save", lost(call))
       else:
@@ -302,12 +303,13 @@ def test_tables_hold_any_caption(tmp_path):
 
 def test_other_weights_have_another_name(encoder, checkpoint):
   other = encoding.Encoder(checkpoint)
-  assert other.names() == encoder.names()
+  names = lambda encoder: (encoder.name, encoder.text_encoder)
+  assert names(other) == names(encoder)
   cfg, params = other._vae
   kernels = params["encoder"]["conv_in"]
   other._vae = (cfg, params | {"encoder": {"conv_in": kernels}})
-  assert other.names()[0] != encoder.names()[0]
-  assert other.names()[1] == encoder.names()[1]
+  assert other.name != encoder.name
+  assert other.text_encoder == encoder.text_encoder
 
 
 def test_the_program_encodes_a_folder(

@@ -396,7 +396,7 @@ def test_no_run_and_broken_chunks_are_refused(tmp_path, capsys):
   odd = dataclasses.replace(
     prompts, truth=prompts.truth._replace(x=prompts.truth.x[:, :5])
   )
-  with pytest.raises(UserError, match=r"2 given frames and 5 .* chunks of 2"):
+  with pytest.raises(UserError, match=r"5 frames in all .* chunks of 2"):
     routing_choice.roll_out(sampler, odd, (1,), ("raw",), "odd")
 
 

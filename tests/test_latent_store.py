@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import pickle
 
 import grain
@@ -94,7 +95,8 @@ def test_records_come_in_the_order_of_their_videos(store):
   assert told == ["0 0", "0 1", "1 0", "0 2", "1 1", "1 2", "0 3", "0 4"]
   record = source.clip(4, np.random.default_rng(0))
   latents, text = clip(1, 1)
-  assert set(record) == {"video", "text", "given"}
+  assert set(record) == {"video", "caption", "text", "given"}
+  assert record["caption"] == "1 1"
   assert record["given"] == 0
   assert record["video"].dtype == record["text"].dtype == np.float32
   np.testing.assert_array_equal(record["video"], latents[:2].astype(np.float32))
@@ -181,6 +183,26 @@ def test_other_settings_are_refused_by_name(store):
   (store / "store.json").write_text(json.dumps(newer))
   with pytest.raises(UserError, match="format 2"):
     latent_store.claim(store, SPEC, 0)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_that_begin_at_once_one_is_refused(tmp_path, monkeypatch, links):
+  """The second looks before the first has written, and writes after it."""
+  link = os.link
+
+  def late(part, file):
+    monkeypatch.undo()
+    latent_store.claim(tmp_path, SPEC, 0)
+    if not links:
+      raise PermissionError("no links here")
+    link(part, file)
+
+  monkeypatch.setattr(os, "link", late)
+  other = dataclasses.replace(SPEC, codec="new")
+  with pytest.raises(UserError, match="begun with codec 'vae', not 'new'"):
+    latent_store.claim(tmp_path, other, 1)
+  assert latent_store.spec(tmp_path) == SPEC
+  assert not list(tmp_path.glob("*.part"))
 
 
 def latent_config(store, **data):

@@ -18,7 +18,7 @@ PACKAGE = Path(avd_jax.__file__).parent
 # other.
 ROWS = (
   ("typing", "errors"),
-  ("parallel", "checkpoint"),
+  ("disk", "parallel", "checkpoint"),
   ("ops",),
   ("diffusion", "models", "data"),
   ("algorithms",),

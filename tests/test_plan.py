@@ -190,6 +190,23 @@ def test_stages_that_share_a_program_are_compiled_once():
   assert rows["again"]["device_hours"] == 7 * 2.0 * 8 / 3600
 
 
+def test_a_program_that_does_not_compile_costs_no_other_its_figures():
+  def measure(job, until, tick):
+    if job.what == "rollout":
+      raise RuntimeError("INTERNAL: no such kernel\nand more")
+    return Figures(job.what, 9, 1, 1, {"in all": 5})
+
+  done = planner.plan(tiny(data=2, fsdp=4), CPU, None, 2**40, measure)
+  assert [name for name, _ in done.figures] == list(done.config.stages)
+  assert not done.fits
+  assert not done.tight
+  table = plan_report.table(done)
+  assert "rollout does not compile for cpu:8: INTERNAL: no such kernel" in table
+  assert "rollout" in plan_report.record(done)["failures"]
+  with pytest.raises(UserError, match="rollout does not compile"):
+    planner.plan(tiny(data=2, fsdp=4), CPU, "rollout", None, measure)
+
+
 @functools.cache
 def _cuts(stage):
   return plan_search.candidates(tiny(), CPU, stage)

@@ -13,7 +13,7 @@ from avd_jax import config as config_lib
 from avd_jax import parallel
 from avd_jax.algorithms import consistency, error_bank
 from avd_jax.data import pipeline
-from avd_jax.training import loop
+from avd_jax.training import loop, optim
 from avd_jax.training.program import Program
 from avd_jax.training.step import Schedule
 
@@ -140,7 +140,7 @@ def test_the_teacher_is_the_average_that_the_stage_began_with(whole, programs):
   program = programs(SHORT, mesh())
   data = config_lib.typed(pipeline.DataConfig, SHORT.data)
   batches = pipeline.batches(data, pipeline.make_source(data))
-  rate = loop.optim.learning_rate(SHORT.stage[WARMUP], 0)
+  rate = optim.learning_rate(SHORT.stage[WARMUP], 0)
   schedule = Schedule(np.float32(rate), np.float32(1.0))
   batch = parallel.put_batch(next(batches), program.mesh)
   batches.close()

@@ -148,7 +148,7 @@ def shared():
       (Program, "boxed", program_key),
       (Program, "_steps", program_key),
       (Sampler, "_prefill", sampler_key),
-      (Sampler, "_segment", sampler_key),
+      (Sampler, "segment", sampler_key),
     ):
       patch.setattr(cls, name, property(kept(vars(cls)[name].func, key)))
     # All seeds are 0; a step donates its state.

@@ -1,5 +1,7 @@
 """A tiny Wan from its files to frames: prompt, latents, pixels."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,6 +44,10 @@ def test_a_prompt_becomes_a_video(checkpoint):
     [f"--config.sampling.{option}" for option in options],
   )
   start = np.zeros((2, 0, 4, 6, 16), np.float32)
+  with pytest.raises(UserError, match="needs null_text"):
+    sampler.extend(start, text, 6)
+  null = embed(checkpoint, [""])[0]
+  sampler = dataclasses.replace(sampler, null_text=null)
   latents = sampler.extend(start, text, 6)
   assert latents.shape == (2, 6, 4, 6, 16)
   assert np.isfinite(latents).all()

@@ -153,6 +153,7 @@ def parallel_resampled(
   """
 
   def make(params, x, text, key, context=StepContext()):
+    params, x, text = jax.lax.stop_gradient((params, x, text))
     n = x.shape[1] // denoiser.chunk_frames
     level, noise = draw(options, key, x, n, context)
     truth = History(x, jnp.zeros_like(level))
@@ -163,7 +164,7 @@ def parallel_resampled(
       v = denoiser.parallel(params, h, t, text, truth)
       dt = per_frame(level / options.steps)
       h = h - dt[..., None, None, None] * v
-    return jax.lax.stop_gradient(History(h, told(options, level)))
+    return History(h, told(options, level))
 
   return make
 
@@ -179,6 +180,9 @@ def self_resampled(
   """
 
   def make(params, x, text, key, context=StepContext()):
+    # Here and not at the end: a rollout of many layers would be linearized,
+    # for minutes, to have its tangents thrown away.
+    params, x, text = jax.lax.stop_gradient((params, x, text))
     n = x.shape[1] // denoiser.chunk_frames
     level, noise = draw(options, key, x, n, context)
     frames = flow_matching.per_frame(level, denoiser.chunk_frames)
@@ -193,8 +197,7 @@ def self_resampled(
       tell,
       flow_matching.interpolate(x, noise, frames),
     )
-    history = History(remade, tell, cache if options.detached else None)
-    return jax.lax.stop_gradient(history)
+    return History(remade, tell, cache if options.detached else None)
 
   return make
 

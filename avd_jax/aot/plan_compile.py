@@ -186,13 +186,13 @@ def _segment(program: Program):
   )
   size, data = program.model.chunk_frames, config.data
   total = config.evaluation.frames // size
-  count, room = sampler._room(config.evaluation.given // size, total)
+  count, room = sampler.room(config.evaluation.given // size, total)
   shape = (
     mesh.shape["data"] * mesh.shape["fsdp"], size, data.height, data.width,
     program.model.channels,
   )  # fmt: skip
   like = jax.ShapeDtypeStruct(shape, jnp.float32)
-  cache = jax.eval_shape(lambda: sampler._denoiser.init_cache(like, room))
+  cache = jax.eval_shape(lambda: sampler.denoiser().init_cache(like, room))
   names = {5: parallel.HEADS, 4: parallel.MEANS}
   cache = jax.tree.map(
     lambda s: _placed(s, NamedSharding(mesh, parallel.spec(names[s.ndim]))),
@@ -205,7 +205,10 @@ def _segment(program: Program):
   everywhere = parallel.replicated(mesh)
   key = _placed(jax.eval_shape(jax.random.key, 0), everywhere)
   first = (_placed(jax.ShapeDtypeStruct((), "int32"), everywhere),) * 2
-  arguments = (params, text, cache, key, first, shape, count)
+  null = None
+  if program.model.text == "embeddings":
+    null = jax.ShapeDtypeStruct(text.shape[1:], text.dtype, sharding=everywhere)
+  arguments = (params, text, cache, key, first, shape, count, null)
   held = {"parameters": plan_work.held(params), "cache": plan_work.held(cache)}
   branches = cache.kv.k[0].shape[0]  # videos, and more where any is guided
   passes = config.sampling.steps * (1 + (config.sampling.solver == "heun")) + 1
@@ -214,7 +217,7 @@ def _segment(program: Program):
   flops = (
     branches * passes * sum(plan_work.chunk_flops(config, i) for i in chunks)
   )
-  return sampler._segment, arguments, held, (flops, shape[0], count * size)
+  return sampler.segment, arguments, held, (flops, shape[0], count * size)
 
 
 def measure(job: Job) -> Figures:

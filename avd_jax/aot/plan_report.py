@@ -163,7 +163,7 @@ def _recipe_rows(plan: Plan) -> Iterator[str]:
 
 
 def _remarks(plan: Plan) -> Iterator[str]:
-  lines = []
+  lines = [f"{_title(key)} {why}" for key, why in plan.failures.items()]
   for key, figures in plan.figures.items():
     lines += [f"{_title(key)}: {line}" for line in _said(figures)]
   rollout = plan.figures.get((ROLLOUT, 0))
@@ -217,6 +217,7 @@ def record(
     "step_seconds": figures.least,
     "mfu": plan.mfu(figures),
     "programs": {_title(k): _values(plan, f) for k, f in plan.figures.items()},
+    "failures": {_title(k): why for k, why in plan.failures.items()},
     "recipe": {
       "stages": rows,
       "days": _total(rows, "days"),

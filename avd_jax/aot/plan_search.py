@@ -283,11 +283,7 @@ def advice(done: Plan) -> list[str]:
   Args:
     done: a plan that does not fit.
   """
-  tight = [
-    key
-    for key, figures in done.figures.items()
-    if key[0] != ROLLOUT and not figures.fits(done.limit)
-  ]
+  tight = [key for key in done.tight if key[0] != ROLLOUT]
   if not tight:
     return [
       f"the {ROLLOUT}'s cache, cut by mesh.context or mesh.tensor, or kept"

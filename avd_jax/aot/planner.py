@@ -38,6 +38,7 @@ class Plan:
   mesh: dict[str, int]
   limit: int | None
   figures: dict[tuple[str, int], Figures]
+  failures: dict[tuple[str, int], str] = dataclasses.field(default_factory=dict)
 
   @property
   def devices(self) -> int:
@@ -46,8 +47,13 @@ class Plan:
 
   @property
   def fits(self) -> bool:
-    """Whether every program fits a device."""
-    return all(f.fits(self.limit) for f in self.figures.values())
+    """Whether every program compiles and fits a device."""
+    return not self.failures and not self.tight
+
+  @property
+  def tight(self) -> list[tuple[str, int]]:
+    """The programs that do not fit a device."""
+    return [k for k, f in self.figures.items() if not f.fits(self.limit)]
 
   @property
   def heaviest(self) -> Figures:
@@ -137,8 +143,8 @@ def plan(
     known: figures of this very config that need not be found again.
 
   Raises:
-    UserError: a target, a mesh or a stage that cannot be, or a program that
-      does not compile.
+    UserError: a target, a mesh or a stage that cannot be, or no program
+      compiles.
   """
   measure = measure or plan_compile.apart
   which, known = kinds(config, stage), dict(known or {})
@@ -148,7 +154,7 @@ def plan(
     name if name == ROLLOUT else id(program.step(name, local))
   )
   found = {same(*key): figures for key, figures in known.items()}
-  plain = config_lib.to_json(config)
+  plain, failures = config_lib.to_json(config), {}
   with tqdm(which, disable=None, unit="program") as bar:
     for name, local in bar:
       key = same(name, local)
@@ -157,10 +163,11 @@ def plan(
         job = Job(plain, target, name, local)
         try:
           found[key] = measure(job, None, bar.refresh)
-        except RuntimeError as error:
+        except RuntimeError as error:  # the others took minutes: go on
           first = str(error).strip().partition("\n")[0][:300]
-          raise UserError(
-            f"{name} does not compile for {target}: {first}"
-          ) from error
-  figures = {key: found[same(*key)] for key in which}
-  return Plan(config, target, dict(mesh.shape), limit, figures)
+          failures[name, local] = f"does not compile for {target}: {first}"
+  figures = {key: found[same(*key)] for key in which if same(*key) in found}
+  if not figures:
+    (name, _), why = next(iter(failures.items()))
+    raise UserError(f"{name} {why}")
+  return Plan(config, target, dict(mesh.shape), limit, figures, failures)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from avd_jax import checkpoint
+from avd_jax import disk
 from avd_jax.algorithms import bagger
 from avd_jax.data import captions as captions_lib
 from avd_jax.errors import UserError
@@ -34,7 +34,7 @@ def make(setting: str) -> Rewrite:
 
 
 def _from_file(setting: str) -> Rewrite:
-  pairs = checkpoint.read_json(Path(setting))
+  pairs = disk.read_json(Path(setting))
   if not isinstance(pairs, dict) or not all(
     isinstance(text, str) for text in pairs.values()
   ):
@@ -81,13 +81,14 @@ def _from_function(setting: str) -> Rewrite:
   return rewrite
 
 
-def apply(rewrite: Rewrite, caption: str, length: int) -> str:
+def apply(rewrite: Rewrite, caption: str, length: int | None) -> str:
   """The rewritten caption.
 
   Args:
     rewrite: as `make` gives it.
     caption: of the video before it was reversed.
-    length: data.text_length, in tokens.
+    length: data.text_length, in bytes; None where captions become embeddings,
+      whose encoder cuts them.
 
   Raises:
     UserError: there is none, it is not text, says nothing where the caption
@@ -98,6 +99,8 @@ def apply(rewrite: Rewrite, caption: str, length: int) -> str:
     raise UserError(
       f"bagger.prompts made {rewritten!r} of {caption!r}; it must be text"
     )
+  if length is None:
+    return rewritten
   try:
     captions_lib.encode_bytes(rewritten, length)
   except UserError as error:
@@ -107,7 +110,9 @@ def apply(rewrite: Rewrite, caption: str, length: int) -> str:
   return rewritten
 
 
-def check(rewrite: Rewrite, captions: Iterable[str], length: int) -> None:
+def check(
+  rewrite: Rewrite, captions: Iterable[str], length: int | None
+) -> None:
   """Rewrites each of the captions, to see that it can be done.
 
   Raises:

@@ -23,7 +23,7 @@ from avd_jax import config as config_lib
 from avd_jax import sampling
 from avd_jax.algorithms import bagger
 from avd_jax.bagger import prompts
-from avd_jax.data import aggregate, captions, pipeline
+from avd_jax.data import aggregate, pipeline
 from avd_jax.data import codec as codec_lib
 from avd_jax.errors import UserError
 from avd_jax.sampling import Sampler
@@ -47,8 +47,29 @@ class Rollouts:
   store: Path
 
   @functools.cached_property
-  def codec(self) -> codec_lib.Codec:
-    return codec_lib.codec(self.config.bagger.codec)
+  def codec(self) -> Any:
+    """A data.codec.Codec; to look whether it is one would load its weights."""
+    setting = self.config.bagger.codec
+    if not self._latent:
+      return codec_lib.codec(setting)
+    # Not at the top: rounds on pixels need nothing of Wan.
+    from avd_jax.wan import codec as wan_codec
+
+    return wan_codec.Encoder(setting.removeprefix("wan:"))
+
+  def _let_go(self) -> None:
+    """Frees a codec's weights: training needs the room."""
+    self.__dict__.pop("codec", None)
+
+  @property
+  def _latent(self) -> bool:
+    """Whether clips are latents, and their captions embeddings."""
+    return self.config.data.source == "latents"
+
+  @property
+  def _text_bytes(self) -> int | None:
+    """How long a caption may be; an embedded one is cut instead."""
+    return None if self._latent else self.config.data.text_length
 
   @functools.cached_property
   def rewrite(self) -> prompts.Rewrite:
@@ -74,9 +95,17 @@ class Rollouts:
   @functools.cached_property
   def spec(self) -> aggregate.Spec:
     """What the store holds."""
-    space = self.seeds[0]["video"].shape[1:]
-    chunk = self.config.model.chunk_frames
-    return aggregate.Spec(self.codec.name, (self.frames, *space), chunk)
+    shape = (self.frames, *self.seeds[0]["video"].shape[1:])
+    one = aggregate.Spec(self.codec.name, shape, self.config.model.chunk_frames)
+    if not self._latent:
+      return one
+    return dataclasses.replace(
+      one,
+      text_encoder=self.codec.text_encoder,
+      text_dim=self.codec.text_dim,
+      text_length=self.config.data.text_length,
+      dtype=self.seeds.spec.dtype,
+    )
 
   def clips(self, round: int) -> list[int]:
     """The source clips of a round: `share` of all, drawn without repetition."""
@@ -99,8 +128,8 @@ class Rollouts:
     """Refuses what would fail later, before anything is computed.
 
     Raises:
-      UserError: a setting, a caption that cannot be rewritten, or a store of
-        other trajectories.
+      UserError: a setting, a caption that cannot be rewritten, a codec that
+        lacks something, or a store of other trajectories.
     """
     options, data = self.config.bagger, self.config.data
     chunk = self.config.model.chunk_frames
@@ -110,7 +139,35 @@ class Rollouts:
         f"bagger.given {options.given} chunks: clips of data.frames"
         f" {data.frames} have {data.frames // chunk}"
       )
+    self._check_codec()
     aggregate.claim(self.store, self.spec, write=False)
+    self._let_go()
+    self._check_captions()
+
+  def _check_codec(self) -> None:
+    """Refuses another codec than the one that the clips were encoded with."""
+    if not self._latent:
+      return
+    seeds = self.seeds.spec  # what is wrong with them is not the codec's
+    try:
+      ours = self.spec
+      self.codec.text("")  # whatever that needs, it has
+    except UserError as error:
+      raise UserError(f"bagger.codec: {error}") from None
+    for what in ("codec", "text_encoder"):
+      mine, theirs = getattr(ours, what), getattr(seeds, what)
+      if mine != theirs:
+        raise UserError(
+          f"bagger.codec {self.config.bagger.codec} is {mine}, but the clips of"
+          f" data.path were encoded with {theirs}: give the checkpoint that"
+          " encoded them"
+        )
+
+  def _check_captions(self) -> None:
+    """Rewrites every caption that rounds to come will rewrite."""
+    options, data = self.config.bagger, self.config.data
+    if self._latent and not options.prompts:
+      return  # the template takes all, and latents would be read for it
     used = {
       clip
       for round in range(1, options.rounds + 1)
@@ -122,7 +179,7 @@ class Rollouts:
     known = getattr(source, "captions", None)
     with tqdm(sorted(used), "read captions", delay=2.0, unit="clip") as bar:
       said = (source[i]["caption"] if known is None else known[i] for i in bar)
-      prompts.check(self.rewrite, said, data.text_length)
+      prompts.check(self.rewrite, said, self._text_bytes)
 
   def make(
     self, round: int, workdir: Path, source: dict[str, Any], progress: bool
@@ -149,6 +206,9 @@ class Rollouts:
     # By every process, even one that has all of its batches: whoever opens
     # checkpoints waits until the others do.
     sampler = sampling.load(workdir)
+    if self._latent:
+      null = self.seeds.null_text
+      sampler = dataclasses.replace(sampler, null_text=null)
     each = self.frames - self._given
     with tqdm(
       desc=f"round {round}: roll out",
@@ -159,6 +219,7 @@ class Rollouts:
     ) as bar:
       missing = [b for b in mine if b not in whole]
       self._roll_out(sampler, round, missing, source, bar)
+    self._let_go()
     if not lead:
       _wait(lambda: aggregate.is_finished(self.store, round))
       return
@@ -198,17 +259,10 @@ class Rollouts:
     on_frames: Callable[[int], Any],
   ) -> list[bytes]:
     """Rolls out from some clips and turns time around: their records."""
-    length = self.config.data.text_length
     sources = [self.seeds[clip] for clip in clips]
     numbers = (self.config.seed, header["round"], header["batch"], _NOISE)
     seed = int(np.random.default_rng(numbers).integers(1 << 31))
     made, error = self._sample(sampler, sources, seed, on_frames)
-    pixels = np.clip(self.codec.decode(made), -1.0, 1.0)
-    back = np.asarray(self.codec.encode(bagger.reverse(pixels)), np.float32)
-    if back.shape != made.shape:
-      raise ValueError(
-        f"codec {self.codec.name} made {back.shape} of {made.shape}"
-      )
     records = []
     for row, clip in enumerate(clips):
       said = sources[row]["caption"]
@@ -217,13 +271,27 @@ class Rollouts:
         "row": row,
         "seed": seed,
         "prompt": said,
-        "caption": prompts.apply(self.rewrite, said, length),
+        "caption": prompts.apply(self.rewrite, said, self._text_bytes),
         # Of the rollout from its real continuation, first frame first, as far
         # as that is known.
         "error": [float(e) for e in error[row]],
       }
-      records.append(aggregate.pack(back[row], header | own))
+      text = None
+      if self._latent:
+        text, own["tokens_cut"] = self.codec.text(own["caption"])
+      back = self._turned(made[row : row + 1])[0]
+      records.append(aggregate.pack(back, header | own, text))
     return records
+
+  def _turned(self, made: np.ndarray) -> np.ndarray:
+    """A rollout [1 f h w c] with its frames, not its latents, reversed."""
+    pixels = np.clip(self.codec.decode(made), -1.0, 1.0)
+    back = np.asarray(self.codec.encode(bagger.reverse(pixels)))
+    if back.shape != made.shape:
+      raise ValueError(
+        f"codec {self.codec.name} made {back.shape} of {made.shape}"
+      )
+    return back.astype(self.spec.dtype)
 
   def _sample(
     self,
@@ -239,7 +307,7 @@ class Rollouts:
     filled = sources + sources[:1] * (size - count)
     real = np.stack([record["video"] for record in filled])
     length = self.config.data.text_length
-    text = [captions.encode_bytes(r["caption"], length) for r in filled]
+    text = [pipeline.text_of(record, length) for record in filled]
     made = sampler.extend(
       real[:, : self._given], np.stack(text), self.frames, seed, on_frames
     )

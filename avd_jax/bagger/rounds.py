@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from avd_jax import checkpoint
+from avd_jax import checkpoint, disk
 from avd_jax import config as config_lib
 from avd_jax.algorithms import bagger
 from avd_jax.bagger.rollouts import Rollouts
@@ -122,7 +122,7 @@ def weights_before(workdir: Path, round: int) -> Path:
 def _claim(workdir: Path, config: ConfigDict, write: bool) -> None:
   path, values = workdir / "config.json", config_lib.to_json(config)
   if path.exists():
-    old = checkpoint.read_json(path)
+    old = disk.read_json(path)
     changed = config_lib.differences(old, values, free=FREE)
     if changed:
       raise UserError(
@@ -130,7 +130,7 @@ def _claim(workdir: Path, config: ConfigDict, write: bool) -> None:
         " use another --workdir, or the same values"
       )
   if write:
-    aggregate.write_json(path, values)
+    disk.write_json(path, values)
 
 
 def _check_weights(workdir: Path, step: int) -> None:
@@ -188,7 +188,7 @@ class _Run:
     for number in rounds:
       plan, manifest = self._plan_file(number), self._manifest(number)
       if plan.exists():
-        known = checkpoint.read_json(plan)
+        known = disk.read_json(plan)
         weights = weights_before(self.workdir, number)
         _check_weights(weights, known["source"]["step"])
         count = len(self.rollouts.seeds)
@@ -198,7 +198,7 @@ class _Run:
             f" began and has {count} now; put back what it was"
           )
       if manifest.exists():
-        known = checkpoint.read_json(manifest)
+        known = disk.read_json(manifest)
         aggregate.shards(self.rollouts.store, number)
         _check_weights(place(self.workdir, number) / "train", known["step"])
 
@@ -206,7 +206,7 @@ class _Run:
     """The plan of a round: what it was begun with, if it was."""
     path = self._plan_file(number)
     if path.exists():
-      return checkpoint.read_json(path)
+      return disk.read_json(path)
     weights = weights_before(self.workdir, number)
     checkpoints, step = checkpoint.open_existing(weights)
     checkpoints.close()
@@ -224,7 +224,7 @@ class _Run:
 
   def _write(self, path: Path, values: dict[str, Any]) -> None:
     if jax.process_index() == 0:
-      aggregate.write_json(path, values)
+      disk.write_json(path, values)
 
   @contextlib.contextmanager
   def _timed(self, plan: dict[str, Any], name: str) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Benchmarks: a training step, attention, a long rollout.
 
   avd bench step
+  avd bench step --meshes --devices 8
   avd bench step --config configs/worlds_tiny.py --rounds 40 --json step.json
   avd bench attention --json attention.json
   avd bench attention --explain
@@ -30,6 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   step = kinds.add_parser("step", help="resampling against teacher forcing")
   step.add_argument("--config", default="configs/worlds_tiny.py")
   step.add_argument("--rounds", type=int, default=20)
+  step.add_argument(
+    "--meshes",
+    action="store_true",
+    help="each axis of the mesh against plain data parallelism",
+  )
+  step.add_argument(
+    "--devices",
+    type=int,
+    metavar="N",
+    help="this host's cores as N devices (default: the devices there are)",
+  )
   step.add_argument("--json", help="file to write the numbers to")
 
   cost = kinds.add_parser("attention", help="every implementation, by length")
@@ -75,12 +87,30 @@ def _write(path: str | None, numbers: dict[str, Any]) -> None:
 
 
 def _step(args: argparse.Namespace) -> None:
+  import os
+
+  from avd_jax.errors import UserError
+
+  if args.devices is not None:
+    if args.devices < 1:
+      raise UserError(f"--devices {args.devices}: at least 1")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before jax looks for devices
+    os.environ["JAX_NUM_CPU_DEVICES"] = str(args.devices)
+  import jax
+
   from avd_jax import config as config_lib
   from avd_jax.cli import devices
-  from avd_jax.studies import step_cost
+  from avd_jax.studies import mesh_cost, step_cost
 
   config = config_lib.load(args.config, args.overrides)
   devices.start()
+  if args.meshes:
+    numbers = mesh_cost.measure(config, jax.devices(), args.rounds)
+    numbers = {"device": devices.describe(), **numbers}
+    print(numbers["device"])
+    print(mesh_cost.table(numbers))
+    _write(args.json, numbers)
+    return
   numbers = step_cost.measure(config, devices.mesh(config), args.rounds)
   numbers = {"device": devices.describe(), **numbers}
   for name, value in numbers.items():

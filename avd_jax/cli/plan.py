@@ -85,12 +85,12 @@ def run(args: argparse.Namespace) -> None:
   else:
     plan = planner.plan(config, args.target, args.stage, limit)
   print(plan_report.table(plan))
-  hints = [] if plan.fits else plan_search.advice(plan)
+  hints = plan_search.advice(plan) if plan.tight else []
   if args.search and plan.fits:
     timed = any(f.seconds for f in plan.figures.values())
     print(f"\nthe {'fastest' if timed else 'smallest'} found that fits:")
     print(" ".join(plan_search.overrides(plan.config, plan.mesh)))
-  if not plan.fits:
+  if plan.tight:
     print("\nit does not fit; by estimate these would:")
     print("\n".join(hints or ["nothing that was thought of"]))
   if args.json:

@@ -1,107 +1,94 @@
-"""Sample a video, from nothing or from real frames.
+"""Sample a video: from text, from nothing, or from real frames.
 
-  avd sample --workdir runs/x --out clip.mp4
-  avd sample --workdir runs/x --out clip.mp4 --frames 200 --given 4 --seed 7
-  avd sample --workdir runs/x --out clip.gif --given 4 --video holiday.mp4
+  avd sample --workdir runs/x --out clip.mp4 --given 4 --frames 200
+  avd sample --workdir ckpt --out a.mp4 --prompt "a boat" --prompt "a storm@5s"
 
-With --given K, the first K frames are real: of --video, or of a held-out video
-of the run's own data. The suffix of --out picks the format: .mp4, .gif, .webp
-or .mkv (lossless).
-
-Fields that weights do not depend on may change: sampling.*, and what attention
-sees, --config.model.attention.routing_top_k=5 for one.
+A workdir is a run, or what `avd import-wan` wrote; a run on latents needs --wan
+beside it. @5s: from the first chunk that begins then, or later. Without --video
+given frames are of a held-out video. --out may be .mp4 (plays while it grows),
+.gif, .webp or .mkv. --config.sampling.* and .model.attention.* may be changed.
 """
 
 import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("--workdir", required=True, help="a trained run")
-  parser.add_argument("--out", required=True, help="file to write")
-  parser.add_argument("--frames", type=int, help="length (default: training's)")
-  parser.add_argument("--given", type=int, default=0, help="real first frames")
-  parser.add_argument("--video", help="file whose first frames are given")
-  parser.add_argument("--index", type=int, default=0, help="held-out video")
-  parser.add_argument("--prompt", help="caption (default: the given video's)")
-  parser.add_argument("--seed", type=int, default=0, help="of the noise")
-  parser.add_argument("--steps", type=int, help="solver steps")
-  parser.add_argument("--guidance", type=float, help="1 is no guidance")
-  parser.add_argument("--fps", type=float, default=12.0, help="of the file")
-  parser.add_argument("--scale", type=int, help="pixels per pixel")
+  parser.usage = "avd sample --workdir RUN --out FILE [options]"
+  add = parser.add_argument
+  add("--workdir", required=True, help="a run, or an imported checkpoint")
+  add("--out", required=True, help="file to write")
+  add("--prompt", action="append", metavar="TEXT[@5s]", help="may be repeated")
+  add(
+    "--prompts", metavar="JSON", help='list of {"at": seconds, "prompt": ...}'
+  )
+  add("--negative-prompt", metavar="P", help="what guidance leads away from")
+  add("--frames", type=int, help="length (default: training's)")
+  add("--seconds", type=float, help="length")
+  add("--height", type=int, help="of a frame (default: training's)")
+  add("--width", type=int, help="of a frame (default: training's)")
+  add("--given", type=int, help="real first frames")
+  add("--video", metavar="FILE", help="video or image; its frames are given")
+  add("--index", type=int, default=0, help="held-out video")
+  add("--wan", metavar="CKPT", help="VAE and text encoder of a run on latents")
+  add("--seed", type=int, default=0, help="of the noise")
+  add("--steps", type=int, help="solver steps")
+  add("--guidance", type=float, help="1 is no guidance")
+  add("--fps", type=float, help="of the file (default: 12, Wan's 16)")
+  add("--scale", type=int, help="pixels per pixel")
 
 
 def run(args: argparse.Namespace) -> None:
   from tqdm import tqdm
 
-  from avd_jax import sampling
   from avd_jax.cli import devices
-  from avd_jax.data import video as video_lib
-  from avd_jax.errors import UserError
+  from avd_jax.sampling import generation
 
-  suffix = "." + args.out.rpartition(".")[2].lower()
-  if suffix not in video_lib.WRITABLE:
-    raise UserError(
-      f"--out {args.out}: give one of {', '.join(video_lib.WRITABLE)}"
-    )
-  for name, least in (("frames", 1), ("given", 0), ("steps", 1), ("scale", 1)):
-    value = getattr(args, name)
-    if value is not None and value < least:
-      raise UserError(f"--{name} {value}: at least {least}")
-  if args.fps <= 0:
-    raise UserError(f"--fps {args.fps}: must be positive")
+  request = _request(args)
   devices.start()
-  sampler = sampling.load(args.workdir, args.overrides, args.frames or 0)
-  config = sampler.config
-  if args.steps is not None:
-    config.sampling.steps = args.steps
-  if args.guidance is not None:
-    config.sampling.guidance = args.guidance
-  if config.model.text == "none" and (args.prompt or args.guidance):
-    raise UserError(
-      f"{args.workdir} was trained without text (model.text 'none'): --prompt"
-      " and --guidance have nothing to act on"
-    )
-  given, text = _condition(args, config)
-  frames = args.frames or max(config.data.frames, 2 * args.given)
-  total = frames - args.given
+  plan = generation.plan(request)
+  written = 0
   # Not before there is something to show: what is wrong shows at once.
-  with tqdm(desc="sample", total=total, unit="frame", delay=0.1) as bar:
-    made = sampler.extend(given, text, frames, args.seed, bar.update)
-  scale = args.scale or max(1, 256 // made.shape[3])
-  try:
-    video_lib.write_video(args.out, made[0], args.fps, scale)
-  except OSError as error:
-    raise UserError(f"--out {args.out}: {error.strerror}") from error
-  print(f"wrote {args.out}: {frames} frames, the first {args.given} given")
+  with tqdm(desc="sample", total=plan.frames, unit="frame", delay=0.1) as bar:
+
+    def show(count):
+      nonlocal written
+      written += count
+      bar.update(count)
+
+    try:
+      pace = generation.run(plan, show)
+    except KeyboardInterrupt:
+      if written:
+        bar.close()
+        print(f"{args.out} has the first {written} frames")
+      raise
+  given = f", the first {len(plan.clip)} given" if len(plan.clip) else ""
+  print(f"wrote {args.out}: {plan.frames} frames{given}")
+  print(pace)
 
 
-def _condition(args, config):
-  """The given frames [1 g h w c] and the text [1 m]."""
-  import numpy as np
-
-  from avd_jax import config as config_lib
-  from avd_jax.data import captions, pipeline
-  from avd_jax.data import video as video_lib
+def _request(args):
   from avd_jax.errors import UserError
+  from avd_jax.sampling import generation, prompts
 
-  data = config_lib.typed(pipeline.DataConfig, config.data)
-  given = np.zeros((1, 0, data.height, data.width, 3), np.float32)
-  caption = args.prompt or ""
-  if args.video:
-    if not args.given:
-      raise UserError("--video needs --given K: how many of its frames to use")
-    clip = video_lib.read_clip(args.video, 0, args.given, data.stride)
-    clip = video_lib.resize_crop(clip, data.height, data.width)
-    given = video_lib.to_float(clip)[None]
-  elif args.given:
-    if args.given > data.frames:
-      raise UserError(
-        f"--given {args.given}: the run's clips have {data.frames} frames"
+  if args.prompt is not None and args.prompts is not None:
+    raise UserError("--prompt and --prompts both say what to show: give one")
+  if args.prompts is not None:
+    said = prompts.read(args.prompts)
+  else:
+    said = prompts.parse(args.prompt or ())
+  return generation.Request(
+    workdir=args.workdir,
+    out=args.out,
+    overrides=args.overrides,
+    prompts=said,
+    negative=args.negative_prompt,
+    file=args.video,
+    **{
+      name: getattr(args, name)
+      for name in (
+        *("frames", "seconds", "height", "width", "given", "index"),
+        *("wan", "steps", "guidance", "fps", "scale", "seed"),
       )
-    source = pipeline.make_source(data, "eval")
-    if not 0 <= args.index < len(source):
-      raise UserError(f"--index {args.index}: there are {len(source)} videos")
-    record = source[args.index]
-    given = record["video"][None, : args.given]
-    caption = record["caption"] if args.prompt is None else caption
-  return given, captions.encode_bytes(caption, data.text_length)[None]
+    },
+  )

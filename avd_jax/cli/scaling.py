@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
   from pathlib import Path
 
   from avd_jax.aot import scaling
-  from avd_jax.checkpoint import read_json
+  from avd_jax.disk import read_json
   from avd_jax.errors import UserError
   from avd_jax.evaluation import cost_charts
 

@@ -4,6 +4,9 @@
   avd train --config configs/video_tiny.py --config.data.path=my_videos \\
       --workdir runs/mine
 
+  avd train --config configs/vae_tiny.py --config.data.path=my_videos \\
+      --workdir runs/vae
+
 Any field of the config can be changed with --config.field=value. The workdir
 gets checkpoints/, config.json, metrics.jsonl and tensorboard/. Ctrl-C saves
 and stops; the same command goes on from there.
@@ -26,7 +29,44 @@ def run(args: argparse.Namespace) -> None:
   devices.start(several=True)
   devices.agree(config)
   try:
-    loop.train(config, args.workdir, devices.mesh(config))
+    state = loop.train(config, args.workdir, devices.mesh(config))
   except loop.Interrupted as stop:
     print(stop)
     raise KeyboardInterrupt from stop
+  if "vae" in config:
+    _finish_vae(config, args.workdir, state)
+
+
+def _finish_vae(config, workdir, state):
+  """Writes the component `vae/` and a film of held-out clips."""
+  from pathlib import Path
+
+  import jax
+  import numpy as np
+  from tqdm import tqdm
+
+  from avd_jax import config as config_lib
+  from avd_jax.data import video
+  from avd_jax.data.pipeline import DataConfig
+  from avd_jax.training import vae
+
+  if jax.process_index():
+    return
+  with tqdm(desc="mean and deviation of latents", unit="clip") as bar:
+    cfg = vae.finish(config, workdir, state, bar.update)
+  data = config_lib.typed(DataConfig, config.data)
+  clips, made = vae.reconstructions(
+    cfg, state.ema, data, config.evaluation.videos
+  )
+  psnr = 10 * np.log10(4 / np.mean((clips - made) ** 2))
+  film = video.side_by_side(
+    [clips, made],
+    ["held out", "given back"],
+    scale=max(1, 192 // data.width),
+  )
+  path = Path(workdir) / "reconstruction.mp4"
+  video.write_video(path, film, fps=data.fps or 8.0)
+  print(
+    f"wrote {Path(workdir) / 'vae'} and {path}: {len(clips)} held-out clips at"
+    f" {psnr:.1f} dB"
+  )

@@ -22,6 +22,8 @@ from avd_jax.config.base import (
   stage,
   to_json,
   typed,
+  vae_default,
+  vae_stage,
 )
 from avd_jax.config.checks import HISTORIES, OBJECTIVES, check, check_bagger
 from avd_jax.errors import UserError
@@ -41,6 +43,8 @@ __all__ = [
   "stage",
   "to_json",
   "typed",
+  "vae_default",
+  "vae_stage",
 ]
 
 

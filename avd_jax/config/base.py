@@ -13,6 +13,7 @@ from avd_jax.algorithms.histories import Degradation
 from avd_jax.data.pipeline import DataConfig
 from avd_jax.errors import UserError
 from avd_jax.models.dit_config import DiTConfig
+from avd_jax.models.vae import VAEConfig
 
 T = TypeVar("T")
 
@@ -144,11 +145,42 @@ def default() -> ConfigDict:
         frames=0,  # length of a rollout; 0 is data.frames
         prefix=4 / 7,  # share of a clip's chunks that is the drifted prefix
         restart="base",  # or "warm": where a round's weights start
-        codec="pixels",
+        codec="pixels",  # or wan:CKPT, for data.source "latents"
         prompts="",  # template; or FILE.json, or module:function
         batch_size=64,  # rollouts made at once
       ),
       evaluation=dict(videos=64, given=4, frames=128, seed=1),
+    )
+  )
+
+
+def vae_stage(steps: int, **changes: Any) -> ConfigDict:
+  """A stretch of a VAE's training: an optimizer schedule, a length."""
+  names = ("learning_rate", "warmup_steps", "decay_steps", "final_lr_ratio")
+  fields = {name: stage("", 0)[name] for name in names}
+  return ConfigDict({"steps": steps} | fields | changes)
+
+
+def vae_default() -> ConfigDict:
+  """A small VAE of Wan's kind, trained on a folder of videos."""
+  shared = default()
+  network = dataclasses.asdict(
+    VAEConfig(base_dim=16, z_dim=4, latents_mean=(0,) * 4, latents_std=(1,) * 4)
+  )
+  # Measured when training has ended.
+  del network["latents_mean"], network["latents_std"]
+  values = {
+    name: shared[name]
+    for name in ("seed", "init_from", "data", "optimizer", "mesh", "log")
+  }
+  return optional(
+    values
+    | dict(
+      vae=network,
+      loss=dict(kl=1e-4),  # weight of the pull towards N(0, 1)
+      stages=("vae",),
+      stage=dict(vae=vae_stage(1000)),
+      evaluation=dict(videos=4),  # held-out clips to look at
     )
   )
 

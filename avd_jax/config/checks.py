@@ -10,11 +10,12 @@ from ml_collections import ConfigDict
 from avd_jax.algorithms.consistency import ConsistencyConfig
 from avd_jax.algorithms.error_bank import BankConfig
 from avd_jax.algorithms.histories import Degradation
-from avd_jax.config.base import default, stage, typed
+from avd_jax.config.base import default, stage, typed, vae_default
 from avd_jax.data.pipeline import DataConfig
 from avd_jax.diffusion.solvers import SOLVERS
 from avd_jax.errors import UserError
 from avd_jax.models.dit_config import DiTConfig
+from avd_jax.models.vae import VAEConfig
 
 HISTORIES = (
   "ground_truth",
@@ -75,6 +76,9 @@ def check(config: ConfigDict, frames: int = 0, trains: bool = True) -> None:
   Raises:
     UserError: the first thing found.
   """
+  if "vae" in config:
+    _check_vae(config)
+    return
   _same_fields("", config, default())
   for name in (
     "loss",
@@ -253,6 +257,47 @@ def check_bagger(config: ConfigDict) -> None:
     )
   if options.share > 1:
     raise UserError(f"bagger.share {options.share} is not in (0, 1]")
+  latents = config.data.source == "latents"
+  if options.codec.startswith("wan:") != latents:
+    raise UserError(
+      f"bagger.codec {options.codec!r} with data.source {config.data.source!r}:"
+      " 'latents' are turned around, and their prompts encoded, by 'wan:CKPT'"
+      " (what avd import-wan wrote), all others by 'pixels'"
+    )
+  if latents and frames != config.data.frames:
+    raise UserError(
+      f"bagger.frames {options.frames}: latents cut from the middle of a"
+      " trajectory are those of no video, since a first latent is one frame and"
+      f" all others are several; give data.frames {config.data.frames}, or 0"
+    )
+
+
+def _check_vae(config: ConfigDict) -> None:
+  like = vae_default()
+  _same_fields("", config, like)
+  for name in ("vae", "loss", "optimizer", "mesh", "log", "evaluation"):
+    _same_fields(name + ".", config[name], like[name])
+  for name, section in config.stage.items():
+    _same_fields(f"stage.{name}.", section, like.stage.vae)
+  for name in config.stages:
+    if name not in config.stage:
+      raise UserError(f"stages names {name}, which is no section of stage")
+  data, z_dim = typed(DataConfig, config.data), config.vae.z_dim
+  network = VAEConfig(
+    **config.vae.to_dict(),
+    latents_mean=(0.0,) * z_dim,
+    latents_std=(1.0,) * z_dim,
+  )
+  if data.source == "latents":
+    raise UserError("data.source 'latents': a VAE is trained on pixels")
+  network.grid(data.height, data.width)
+  network.latent_frames(data.frames)
+  if config.loss.kl < 0:
+    raise UserError(f"loss.kl {config.loss.kl}: at least 0")
+  for name in ("accumulation", "clip_norm"):
+    if config.optimizer[name] <= 0:
+      raise UserError(f"optimizer.{name} {config.optimizer[name]}: above 0")
+  _one_of("optimizer.name", config.optimizer.name, ("adamw",))
 
 
 def _same_fields(prefix: str, section: ConfigDict, like: ConfigDict) -> None:

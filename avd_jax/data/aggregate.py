@@ -11,7 +11,8 @@ A record of a shard is, in this order: the length of its header in bytes
 (unsigned, 4 bytes, little endian); the header, a JSON object in UTF-8 with
 `shape`, `dtype`, `caption` (of the trajectory) and its provenance (`round`,
 `clip`, `prompt`, `seed`, `checkpoint`, ...); the values, row by row, little
-endian.
+endian. Where captions are embeddings, the header has the shape `text` too, and
+the caption's embedding, up to its end, comes after the trajectory.
 
 A round without its round_<k>.json does not exist for a reader. What a reader
 of k rounds sees is therefore fixed, whatever is added later.
@@ -30,6 +31,8 @@ import grain
 import numpy as np
 from array_record.python import array_record_module
 
+from avd_jax import disk
+from avd_jax.data import stores
 from avd_jax.data.pipeline import Source
 from avd_jax.errors import UserError
 
@@ -45,6 +48,10 @@ class Spec:
     codec: name of the codec whose latents they are.
     shape: (f, h, w, c) of each.
     chunk_frames: latent frames of a chunk; windows are whole chunks.
+    text_encoder: name of the encoder whose embeddings captions have; "" where
+      they have none.
+    text_dim: width of an embedding.
+    text_length: tokens of a caption, padding included.
     dtype: of the values.
     version: of the records' format.
   """
@@ -52,28 +59,11 @@ class Spec:
   codec: str
   shape: tuple[int, ...]
   chunk_frames: int = 1
+  text_encoder: str = ""
+  text_dim: int = 0
+  text_length: int = 0
   dtype: str = "float32"
   version: int = VERSION
-
-
-def write_json(path: Path, values: Any) -> None:
-  """Writes a JSON file whole, or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(path.name + ".part")
-  with part.open("w") as file:
-    file.write(json.dumps(values, indent=2) + "\n")
-    file.flush()
-    os.fsync(file.fileno())  # the name must not survive a crash without it
-  part.replace(path)
-
-
-def _read_json(path: Path, missing: str) -> Any:
-  try:
-    return json.loads(path.read_text())
-  except FileNotFoundError:
-    raise UserError(missing) from None
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
 def spec(path: str | Path) -> Spec:
@@ -82,12 +72,7 @@ def spec(path: str | Path) -> Spec:
   Raises:
     UserError: no store there, or one of another format.
   """
-  file = Path(path) / "store.json"
-  values = _read_json(file, f"{path}: no store of trajectories (no store.json)")
-  try:
-    found = Spec(**(values | {"shape": tuple(values["shape"])}))
-  except (TypeError, KeyError) as error:
-    raise UserError(f"{file} does not describe a store: {error}") from None
+  found = stores.read(path, Spec, "trajectories")
   if found.version != VERSION:
     raise UserError(
       f"{path} has format {found.version}; this program reads {VERSION}"
@@ -106,40 +91,52 @@ def claim(path: str | Path, wanted: Spec, write: bool = True) -> None:
   Raises:
     UserError: the store holds something else.
   """
-  file = Path(path) / "store.json"
-  if not file.exists():
-    if write:
-      write_json(file, dataclasses.asdict(wanted))
-    return
-  found = spec(path)
-  different = [
-    f"{field.name} {getattr(found, field.name)!r}, not"
-    f" {getattr(wanted, field.name)!r}"
-    for field in dataclasses.fields(Spec)
-    if getattr(found, field.name) != getattr(wanted, field.name)
-  ]
-  if different:
-    raise UserError(
-      f"{path} holds trajectories of {'; '.join(different)}; use another"
-      " directory"
-    )
+  if write:
+    stores.create(path, wanted)
+  if (Path(path) / stores.NAME).exists():
+    stores.check_same(path, spec(path), wanted)
 
 
-def pack(video: np.ndarray, header: dict[str, Any]) -> bytes:
-  """A trajectory [f h w c] and what is known about it, as a record."""
-  values = np.ascontiguousarray(video, video.dtype.newbyteorder("<"))
+def pack(
+  video: np.ndarray, header: dict[str, Any], text: np.ndarray | None = None
+) -> bytes:
+  """A trajectory [f h w c] and what is known about it, as a record.
+
+  Args:
+    video: the trajectory.
+    header: what is known about it.
+    text: its caption's embedding [tokens d], of the same type.
+  """
   header = header | {"shape": video.shape, "dtype": video.dtype.name}
-  text = json.dumps(header).encode()
-  return _LENGTH.pack(len(text)) + text + values.tobytes()
+  parts = [video]
+  if text is not None:
+    header["text"] = text.shape
+    parts.append(text.astype(video.dtype))
+  little = video.dtype.newbyteorder("<")
+  values = [np.ascontiguousarray(part, little).tobytes() for part in parts]
+  told = json.dumps(header).encode()
+  return b"".join([_LENGTH.pack(len(told)), told, *values])
 
 
 def unpack(record: bytes) -> tuple[np.ndarray, dict[str, Any]]:
-  """Inverts `pack`; the array is a read-only view of the record."""
+  """Trajectory and header of `pack`: a read-only view of the record."""
+  values, header = _values(record)
+  count = int(np.prod(header["shape"]))
+  return values[:count].reshape(header["shape"]), header
+
+
+def embedding(record: bytes) -> np.ndarray:
+  """The caption's embedding [tokens d] of `pack`: a view of the record."""
+  values, header = _values(record)
+  count = int(np.prod(header["shape"]))
+  return values[count:].reshape(header["text"])
+
+
+def _values(record: bytes) -> tuple[np.ndarray, dict[str, Any]]:
   start = _LENGTH.size + _LENGTH.unpack_from(record)[0]
   header = json.loads(record[_LENGTH.size : start])
   dtype = np.dtype(header["dtype"]).newbyteorder("<")
-  video = np.frombuffer(record, dtype, offset=start)
-  return video.reshape(header["shape"]), header
+  return np.frombuffer(record, dtype, offset=start), header
 
 
 def shard(path: str | Path, round: int, batch: int) -> Path:
@@ -215,7 +212,7 @@ def finish_round(
     shards.append(
       dict(name=file.name, records=_count(file), bytes=size, sha256=digest)
     )
-  write_json(_index(path, round), {"round": round, "shards": shards})
+  disk.write_json(_index(path, round), {"round": round, "shards": shards})
   return shards
 
 
@@ -237,7 +234,7 @@ def shards(path: str | Path, round: int) -> list[dict[str, Any]]:
   missing = (
     f"{path}: round {round} is not in the store (no {_index(path, round).name})"
   )
-  found = _read_json(_index(path, round), missing)["shards"]
+  found = disk.read_json(_index(path, round), missing)["shards"]
   for entry in found:
     file = Path(path) / entry["name"]
     if not file.is_file():
@@ -253,7 +250,8 @@ class Aggregate:
   """The trajectories of the first rounds, as a source of clips.
 
   A record is `video` float32 [f h w c], from drifted to real; `caption`, the
-  reversed video's; `given`, first chunks that are context without loss.
+  reversed video's; `text`, its embedding float32 [m d], if it has one; `given`,
+  first chunks that are context without loss.
 
   Args:
     path: the store.
@@ -315,12 +313,24 @@ class Aggregate:
     return unpack(self._records[index])[1]
 
   def _window(self, index: int, start: int) -> dict[str, Any]:
-    video, header = unpack(self._records[index])
-    return {
+    record = self._records[index]
+    video, header = unpack(record)
+    clip = {
       "video": video[start : start + self._frames].astype(np.float32),
       "caption": header["caption"],
       "given": self._given,
     }
+    if self.spec.text_dim:
+      length, dim = self.spec.text_length, self.spec.text_dim
+      clip["text"] = padded(embedding(record), length, dim)
+    return clip
+
+
+def padded(text: np.ndarray, length: int, dim: int) -> np.ndarray:
+  """An embedding [tokens d] as models read it: float32 [m d], zeros behind."""
+  out = np.zeros((length, dim), np.float32)
+  out[: len(text)] = text
+  return out
 
 
 class Mixed:
@@ -329,18 +339,32 @@ class Mixed:
   Each record of either comes up once an epoch. Seed videos have no prefix:
   their `given` is 0.
 
+  Attributes:
+    shape, null_text: the seed's, where it tells them.
+
   Raises:
-    UserError: the two are of different shapes.
+    UserError: the two are of different shapes, codecs or text encoders.
   """
 
   def __init__(self, seed: Source, aggregate: Aggregate):
     self.seed, self._aggregate = seed, aggregate
+    self.shape = getattr(seed, "shape", None)
+    self.null_text = getattr(seed, "null_text", None)
     ours, theirs = (s[0]["video"].shape for s in (seed, aggregate))
     if ours != theirs:
       raise UserError(
         f"{aggregate} gives clips of shape {theirs}, but the videos it is to"
         f" be mixed with are {ours}"
       )
+    if not hasattr(seed, "spec"):
+      return
+    for what in ("codec", "text_encoder", "text_length"):
+      ours, theirs = (getattr(s.spec, what) for s in (seed, aggregate))
+      if ours != theirs:
+        raise UserError(
+          f"{aggregate} is of {what} {theirs!r}, but the videos it is to be"
+          f" mixed with are of {ours!r}"
+        )
 
   def __len__(self) -> int:
     return len(self.seed) + len(self._aggregate)

@@ -46,7 +46,8 @@ class Pixels:
 
 
 PIXELS = Pixels()
-# By name, made when asked for: a codec may have weights to load.
+# By name, made when asked for: a codec may have weights to load. Wan's, whose
+# files this room knows nothing of, is wan.codec.Encoder.
 CODECS: dict[str, Callable[[], Codec]] = {PIXELS.name: lambda: PIXELS}
 
 
@@ -57,5 +58,6 @@ def codec(name: str) -> Codec:
     UserError: there is none.
   """
   if name not in CODECS:
-    raise UserError(f"codec {name!r}: give one of {', '.join(sorted(CODECS))}")
+    known = ", ".join(sorted(CODECS))
+    raise UserError(f"codec {name!r}: give one of {known}, or wan:CKPT")
   return CODECS[name]()

@@ -19,7 +19,6 @@ processes that wrote them changes nothing.
 
 import dataclasses
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,8 @@ import grain
 import ml_dtypes
 import numpy as np
 
-from avd_jax.data import aggregate
+from avd_jax import disk
+from avd_jax.data import aggregate, stores
 from avd_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -108,27 +108,14 @@ def part(path: str | Path, process: int) -> Path:
   return Path(path) / f"part_{process:03d}"
 
 
-def _read_json(file: Path, missing: str) -> Any:
-  try:
-    return json.loads(file.read_text())
-  except FileNotFoundError:
-    raise UserError(missing) from None
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise UserError(f"{file} is not valid JSON: {error}") from None
-
-
 def spec(path: str | Path) -> Spec:
   """What a store holds.
 
   Raises:
     UserError: no store there, or one of another format.
   """
-  file = Path(path) / "store.json"
-  values = _read_json(file, f"{path}: no store of latents (no store.json)")
-  try:
-    found = Spec(**(values | {"shape": tuple(values["shape"])}))
-  except (TypeError, KeyError) as error:
-    raise UserError(f"{file} does not describe latents: {error}") from None
+  remedy = f"make it: avd encode --videos DIR --checkpoint CKPT --out {path}"
+  found = stores.read(path, Spec, "latents", remedy)
   if (found.version, found.dtype) != (VERSION, DTYPE.name):
     raise UserError(
       f"{path} has format {found.version} of {found.dtype}; this program reads"
@@ -143,24 +130,8 @@ def claim(path: str | Path, wanted: Spec, process: int) -> None:
   Raises:
     UserError: the store is of others.
   """
-  file = Path(path) / "store.json"
-  if not file.exists():
-    # Made where no other process writes: several may start at once.
-    mine = part(path, process) / file.name
-    aggregate.write_json(mine, dataclasses.asdict(wanted))
-    mine.replace(file)
-  found = spec(path)
-  different = [
-    f"{field.name} {getattr(found, field.name)!r}, not"
-    f" {getattr(wanted, field.name)!r}"
-    for field in dataclasses.fields(Spec)
-    if getattr(found, field.name) != getattr(wanted, field.name)
-  ]
-  if different:
-    raise UserError(
-      f"{path} was begun with {'; '.join(different)}; repeat its settings or"
-      " use another directory"
-    )
+  stores.create(path, wanted)
+  stores.check_same(path, spec(path), wanted)
   part(path, process).mkdir(parents=True, exist_ok=True)
 
 
@@ -208,7 +179,7 @@ def progress(path: str | Path, process: int) -> Progress:
   if not file.exists():
     return Progress()
   try:
-    values = _read_json(file, f"{file} is gone")
+    values = disk.read_json(file, f"{file} is gone")
     found = Progress(**(values | {"next": tuple(values["next"])}))
   except (TypeError, KeyError) as error:
     raise UserError(f"{file} does not describe a part: {error}") from None
@@ -235,9 +206,9 @@ def save(path: str | Path, process: int, done: Progress) -> None:
   if done.finished:
     notes = ("skipped", "uncaptioned", "cut")
     listed = {name: getattr(done, name) for name in notes}
-    aggregate.write_json(folder / "skipped.json", listed)
+    disk.write_json(folder / "skipped.json", listed)
   # Last: whoever sees a finished part finds the rest.
-  aggregate.write_json(folder / "index.json", dataclasses.asdict(done))
+  disk.write_json(folder / "index.json", dataclasses.asdict(done))
 
 
 def add_shard(
@@ -274,13 +245,14 @@ def add_shard(
 class LatentSource:
   """The clips of a store, as a source of the pipeline.
 
-  A record is `video`, float32 latents [f h w c]; `text`, float32 [m d], zeros
-  behind the prompt; `given`, 0. Clips start where they were encoded: the VAE
-  knows no past of a first frame, so that latents cut from the middle are not
-  those of any video.
+  A record is `video`, float32 latents [f h w c]; `caption`; `text`, float32 [m
+  d], its embedding, zeros behind the prompt; `given`, 0. Clips start where they
+  were encoded: the VAE knows no past of a first frame, so that latents cut from
+  the middle are not those of any video.
 
   Attributes:
     spec: what the store holds.
+    shape: (f, h, w, c) of a clip.
     null_text: float32 [m d], the embedding of no prompt.
 
   Args:
@@ -320,6 +292,7 @@ class LatentSource:
     if split not in ("train", "eval"):
       raise UserError(f"split={split!r}: give 'train' or 'eval'")
     self._frames = frames
+    self.shape = (frames, *self.spec.shape[1:])
     files, videos = _shards(self._path, self.spec.processes)
     if not files:
       raise UserError(f"{path}: no clips in it (see skipped.json of its parts)")
@@ -336,9 +309,10 @@ class LatentSource:
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     """The first frames of clip `index`."""
-    latents, text, _ = self._read(index)
+    latents, text, header = self._read(index)
     return {
       "video": latents[: self._frames].astype(np.float32),
+      "caption": header["caption"],
       "text": self._padded(text),
       "given": 0,
     }
@@ -372,9 +346,7 @@ class LatentSource:
       ) from error
 
   def _padded(self, text: np.ndarray) -> np.ndarray:
-    out = np.zeros((self.spec.text_length, self.spec.text_dim), np.float32)
-    out[: len(text)] = text
-    return out
+    return aggregate.padded(text, self.spec.text_length, self.spec.text_dim)
 
 
 def _shards(path: Path, processes: int) -> tuple[list[str], list[int]]:

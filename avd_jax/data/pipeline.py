@@ -28,7 +28,8 @@ class Source(Protocol):
 
   `source[i]` is a fixed video of record i, for evaluation; `clip(i, rng)` is
   one drawn by `rng`, for training. Both are dictionaries with `video`, float32
-  [f, h, w, 3] in [-1, 1], and `caption`, str; `given`, where there is one, is
+  [f, h, w, 3] in [-1, 1] or latents [f, h, w, c], and `caption`, str. Where
+  there are such, `text` is the caption's embedding, float32 [m, d], and `given`
   how many first chunks are context without loss.
   """
 
@@ -187,6 +188,11 @@ def _make_source(cfg: DataConfig, split: str) -> Source:
   if cfg.source == "latents":
     from avd_jax.data import latent_store
 
+    if not cfg.path:
+      raise UserError(
+        "data.path is empty: name the store of latents that `avd encode"
+        " --videos DIR --checkpoint CKPT --out STORE` made"
+      )
     source = latent_store.LatentSource(
       cfg.path, cfg.frames, split, cfg.eval_files
     )
@@ -234,8 +240,8 @@ def _make_source(cfg: DataConfig, split: str) -> Source:
   return source
 
 
-def _text(record: dict[str, Any], length: int) -> np.ndarray:
-  """Embeddings made beforehand, or a caption's bytes."""
+def text_of(record: dict[str, Any], length: int) -> np.ndarray:
+  """A record's text: its embedding [m d], or its caption's bytes [m]."""
   if "text" in record:
     return record["text"]
   return captions.encode_bytes(record["caption"], length)
@@ -252,7 +258,7 @@ class _SampleClip(grain.transforms.RandomMap):
     record = self.source.clip(int(index), rng)
     return Batch(
       x=record["video"],
-      text=_text(record, self.text_length),
+      text=text_of(record, self.text_length),
       given=np.int32(record.get("given", 0)),
     )
 
@@ -348,7 +354,7 @@ def fixed_batch(
   records = [source[i] for i in indices]
   batch = Batch(
     x=np.stack([r["video"] for r in records]),
-    text=np.stack([_text(record, cfg.text_length) for record in records]),
+    text=np.stack([text_of(record, cfg.text_length) for record in records]),
     given=np.array([r.get("given", 0) for r in records], np.int32),
   )
   if "state" not in records[0]:

@@ -26,6 +26,7 @@ from avd_jax.errors import UserError
 
 SUFFIXES = (".avi", ".mkv", ".mov", ".mp4", ".webm")
 WRITABLE = (".gif", ".mkv", ".mp4", ".webp")
+IMAGES = (".jpeg", ".jpg", ".png")
 
 _CANVAS, _INK, _GIVEN = (24, 24, 27), (236, 236, 236), (245, 166, 35)
 _FONT_SIZE = 13
@@ -116,6 +117,23 @@ def read_clip(
   return np.stack(clip)
 
 
+def read_image(path: str | os.PathLike) -> np.ndarray:
+  """An image file as a video of one frame, uint8 [1, h, w, 3].
+
+  Raises:
+    UserError: no such file, or no image.
+  """
+  try:
+    with Image.open(path) as image:
+      return np.asarray(image.convert("RGB"))[None]
+  except FileNotFoundError:
+    raise UserError(f"{path}: no such file") from None
+  except (OSError, SyntaxError) as error:  # what damaged files raise
+    raise UserError(
+      f"{path}: not an image that can be read ({error})"
+    ) from error
+
+
 def resize_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
   """Scales to cover height x width, then crops the centre; antialiased.
 
@@ -146,6 +164,13 @@ def resize_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
   )
 
 
+def enlarge(frames: np.ndarray, scale: int) -> np.ndarray:
+  """Nearest-neighbour enlargement of [..., h, w, 3]."""
+  if scale == 1:
+    return frames
+  return frames.repeat(scale, axis=-3).repeat(scale, axis=-2)
+
+
 def write_video(
   path: str | os.PathLike, frames: np.ndarray, fps: float, scale: int = 1
 ) -> None:
@@ -171,7 +196,7 @@ def write_video(
   frames = np.asarray(frames)
   if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
     raise UserError(f"{path}: frames are {frames.shape}, not [f, h, w, 3]")
-  frames = _enlarge(to_uint8(frames), scale)
+  frames = enlarge(to_uint8(frames), scale)
   path.parent.mkdir(parents=True, exist_ok=True)
   if suffix in (".gif", ".webp"):
     first, *rest = (Image.fromarray(f) for f in frames)
@@ -228,7 +253,7 @@ def side_by_side(
       f"{len(columns)} videos of shapes {sorted(shapes)} with {len(labels)} "
       "labels: give videos of one shape and a label for each"
     )
-  columns = [_enlarge(to_uint8(c), scale) for c in columns]
+  columns = [enlarge(to_uint8(c), scale) for c in columns]
   rows, length, height, width, _ = columns[0].shape
   font = ImageFont.load_default(_FONT_SIZE)
   text_width = max(
@@ -340,13 +365,6 @@ def _read_after_seek(container, times: np.ndarray) -> list[np.ndarray] | None:
         if time is None:
           return clip
   return None
-
-
-def _enlarge(frames: np.ndarray, scale: int) -> np.ndarray:
-  """Nearest-neighbour enlargement of [..., h, w, 3]."""
-  if scale == 1:
-    return frames
-  return frames.repeat(scale, axis=-3).repeat(scale, axis=-2)
 
 
 def _encode(

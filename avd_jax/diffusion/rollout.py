@@ -63,6 +63,19 @@ def as_context(
   return interpolate(x, noise, jnp.float32(level))
 
 
+def _hold(
+  x: Float[Array, "b g h w c"],
+  known: tuple[Bool[Array, "g"], Float[Array, "b g h w c"]] | None,
+  noise: Float[Array, "b g h w c"],
+  t: Float[Array, "b"],
+) -> Float[Array, "b g h w c"]:
+  """A chunk with its known frames put at level t [b]."""
+  if known is None:
+    return x
+  which, values = known
+  return jnp.where(which[:, None, None, None], interpolate(values, noise, t), x)
+
+
 def rollout(
   denoiser: Denoiser,
   params: Params,
@@ -75,6 +88,7 @@ def rollout(
   solver: str = "euler",
   first_chunk: Int[Array, ""] | int = 0,
   keep: tuple[Bool[Array, "b n"], Float[Array, "b f h w c"]] | None = None,
+  held: tuple[Bool[Array, "f"], Float[Array, "b f h w c"]] | None = None,
   told: Float[Array, "b n"] | None = None,
   context_noise: float = 0.0,
   keys: Array | None = None,
@@ -92,6 +106,10 @@ def rollout(
     solver: one of `solvers.SOLVERS`.
     first_chunk: absolute index of the first chunk in `start`.
     keep: (which, values): chunks that are given, not made.
+    held: (which, values): frames that are known of chunks that are made, all of
+      them from noise. Wherever the model looks, they are mixed with the noise
+      that they start from to the level of the others; in the end they are
+      clean (replacement conditioning).
     told: the level at which finished chunks enter the cache; 0 if None.
     context_noise: level to which a finished chunk is noised on its way into
       the cache; what is returned stays clean.
@@ -117,13 +135,19 @@ def rollout(
     told.T,
     keys,
     None if keep is None else (keep[0].T, split(keep[1])),
+    None if held is None else (held[0].reshape(n, -1), split(held[1])),
   )
 
   def chunk_step(cache, inputs):
-    chunk, x, t, told, key, kept = inputs
+    chunk, noise, t, told, key, kept, known = inputs
     solver_key = None if key is None else jax.random.split(key)[0]
-    call = lambda x, t, cache: denoiser.cached(params, x, t, text, cache, chunk)
-    x, cache = solvers.solve(call, x, t, grid, cache, solver, solver_key)
+
+    def call(x, t, cache):
+      x = _hold(x, known, noise, t)
+      return denoiser.cached(params, x, t, text, cache, chunk)
+
+    x, cache = solvers.solve(call, noise, t, grid, cache, solver, solver_key)
+    x = _hold(x, known, noise, jnp.zeros_like(t))
     if kept is not None:
       which, value = kept
       x = jnp.where(which.reshape(-1, *(1,) * (x.ndim - 1)), value, x)

@@ -52,6 +52,41 @@ class Norm(nn.Module):
     return (x32 * jax.lax.rsqrt(square) * channels**0.5 * scale).astype(x.dtype)
 
 
+def _convolve(x, kernel, stride, pad):
+  """[b f h w c] by [t h w c o]: space keeps its size, time has no padding.
+
+  On a CPU XLA runs three dimensions five times slower than as many steps of
+  two: there, a kernel's places in time are taken one by one.
+  """
+  around = tuple((n, n) for n in pad)
+
+  def at_once(x, kernel):
+    return jax.lax.conv_general_dilated(
+      x,
+      kernel,
+      (stride, 1, 1),
+      ((0, 0), *around),
+      dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+    )
+
+  def one_by_one(x, kernel):
+    b, f = x.shape[:2]
+    g = (f - len(kernel)) // stride + 1
+    total = 0.0
+    for i, flat in enumerate(kernel):
+      seen = x[:, i : i + stride * (g - 1) + 1 : stride]
+      total = total + jax.lax.conv_general_dilated(
+        seen.reshape(b * g, *x.shape[2:]),
+        flat,
+        (1, 1),
+        around,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      )
+    return total.reshape(b, g, *total.shape[1:])
+
+  return jax.lax.platform_dependent(x, kernel, cpu=one_by_one, default=at_once)
+
+
 class CausalConv(nn.Module):
   """A convolution over time and space that sees no later frame.
 
@@ -83,12 +118,11 @@ class CausalConv(nn.Module):
       "kernel", _INIT, (*self.kernel, x.shape[-1], self.features)
     )
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
-    y = jax.lax.conv_general_dilated(
+    y = _convolve(
       self._behind_past(x, time - self.stride, alone).astype(self.dtype),
       kernel.astype(self.dtype),
-      (self.stride, 1, 1),
-      ((0, 0), (height // 2, height // 2), (width // 2, width // 2)),
-      dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+      self.stride,
+      (height // 2, width // 2),
     )
     return y + bias.astype(self.dtype)
 

@@ -6,7 +6,6 @@ out from the same real first frames to many times the training length, and
 measured against the truth. Every part resumes where it was stopped.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from avd_jax import checkpoint, sampling
 from avd_jax import config as config_lib
+from avd_jax import disk, sampling
 from avd_jax.errors import UserError
 from avd_jax.evaluation import drift, report
 from avd_jax.studies import rollouts
@@ -33,9 +32,7 @@ class Clock:
   def __init__(self, workdir: Path):
     self._path = workdir / "timings.json"
     known = self._path.exists()
-    self.seconds: dict[str, float] = (
-      checkpoint.read_json(self._path) if known else {}
-    )
+    self.seconds: dict[str, float] = disk.read_json(self._path) if known else {}
 
   @contextmanager
   def part(self, name: str) -> Iterator[None]:
@@ -47,7 +44,7 @@ class Clock:
       spent = time.perf_counter() - start
       self.seconds[name] = self.seconds.get(name, 0.0) + spent
       self._path.parent.mkdir(parents=True, exist_ok=True)
-      self._path.write_text(json.dumps(self.seconds, indent=2) + "\n")
+      disk.write_json(self._path, self.seconds)
 
 
 def branch(

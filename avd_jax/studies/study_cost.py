@@ -12,7 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from avd_jax import checkpoint
+from avd_jax.disk import read_json
 from avd_jax.studies import race, steps, study_files
 from avd_jax.studies import study as study_lib
 from avd_jax.studies.study import Study
@@ -45,7 +45,7 @@ def settle(
         if not path.exists():
           study_files.write_json(path, measure(study, branch.name, mesh))
     if path.exists():
-      length = checkpoint.read_json(path)["steps"]
+      length = read_json(path)["steps"]
       settled = with_steps(settled, branch.name, length)
   return settled
 

@@ -12,13 +12,11 @@ A file appears whole or not at all.
 import contextlib
 import dataclasses
 import fcntl
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from avd_jax import checkpoint
+from avd_jax import disk
 from avd_jax.studies import study as study_lib
 from avd_jax.studies import study_keys
 from avd_jax.studies.study import Row, Study
@@ -75,22 +73,19 @@ class Files:
     return self._by_seed("analysis-seed_*.json", study_keys.analysis_key(study))
 
   def _by_seed(self, pattern: str, key: str) -> dict[int, dict[str, Any]]:
-    every = [checkpoint.read_json(path) for path in self.place.glob(pattern)]
+    every = [disk.read_json(path) for path in self.place.glob(pattern)]
     found = {values["seed"]: values for values in every if values["key"] == key}
     return dict(sorted(found.items()))
 
 
 def write(path: Path, content: str | bytes) -> None:
-  """Writes a file that others may be reading."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f"{path.name}.{os.getpid()}.part")
-  part.write_bytes(content.encode() if isinstance(content, str) else content)
-  part.replace(path)
+  """Writes a file that others may be reading, or writing."""
+  disk.write(path, content, several=True)
 
 
 def write_json(path: Path, values: Any) -> None:
-  """Writes values that others may be reading."""
-  write(path, json.dumps(values, indent=2) + "\n")
+  """Writes values that others may be reading, or writing."""
+  disk.write_json(path, values, several=True)
 
 
 @contextlib.contextmanager

@@ -16,10 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from avd_jax import checkpoint, parallel, sampling
 from avd_jax import config as config_lib
+from avd_jax import parallel, sampling
 from avd_jax.bagger import rounds
 from avd_jax.bagger.rollouts import Rollouts
+from avd_jax.disk import read_json
 from avd_jax.errors import UserError
 from avd_jax.evaluation.drift import FrameMetrics
 from avd_jax.studies import (
@@ -206,7 +207,7 @@ def _pick(study: Study, labels: Sequence[str]) -> tuple[Row, ...]:
 def _finished(run: Path, count: int) -> list[Path]:
   """The workdirs that a finished run has left, or none if there are fewer."""
   path = run / "study.json"
-  names = checkpoint.read_json(path).get("trained", []) if path.exists() else []
+  names = read_json(path).get("trained", []) if path.exists() else []
   return [run / name for name in names[:count] if len(names) >= count]
 
 
@@ -227,7 +228,7 @@ def _check_same(run: Path, config: ConfigDict) -> None:
 
   Its digest does not tell: a default that has changed since is in neither.
   """
-  old = checkpoint.read_json(run / "config.json")
+  old = read_json(run / "config.json")
   new = config_lib.to_json(config)
   shared = _shared(new, old)
   free = (*config_lib.FREE, "init_from", "bagger.rounds")

@@ -9,7 +9,6 @@ killed anywhere ends bit-equal to one that was not.
 import collections
 import contextlib
 import dataclasses
-import json
 import signal
 import threading
 from collections.abc import Iterator
@@ -17,20 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from avd_jax import checkpoint, parallel
+from avd_jax import checkpoint, disk, parallel
 from avd_jax import config as config_lib
 from avd_jax.data import pipeline
 from avd_jax.errors import UserError
-from avd_jax.training import optim
 from avd_jax.training.metrics import Writer
 from avd_jax.training.program import Program
 from avd_jax.training.state import TrainState
-from avd_jax.training.step import Schedule
+from avd_jax.training.vae import VAEProgram
 from avd_jax.typing import Params
 
 AHEAD = 2  # steps that the host may be ahead of the device
@@ -112,7 +109,7 @@ def train(
   data = config_lib.typed(pipeline.DataConfig, config.data)
   checkpoints = checkpoint.Checkpoints(workdir, config.log.keep)
   try:
-    program = Program(config, mesh)
+    program = (VAEProgram if "vae" in config else Program)(config, mesh)
     program.check()
     step = checkpoints.latest()
     record = None if step is None else checkpoints.record(step)
@@ -121,9 +118,8 @@ def train(
     # Wrong data: before any compute. Of a run that is done, it may be gone.
     left = step != plan[-1].last
     source = pipeline.make_source(data) if left else None
-    if isinstance(null := getattr(source, "null_text", None), np.ndarray):
-      program = dataclasses.replace(program, null_text=null)
-      program.check()
+    if source is not None:
+      program = program.for_source(source)
     if step is None:
       step, given = 0, initial_weights(config, program)
       state = program.begin_stage(program.init(), plan[0].name, given)
@@ -161,13 +157,12 @@ def _claim(
         " use another --workdir, or the same values"
       )
   if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(values, indent=2) + "\n")
-    part.replace(path)
+    disk.write_json(path, values)
 
 
-def initial_weights(config: ConfigDict, program: Program) -> Params | None:
+def initial_weights(
+  config: ConfigDict, program: Program | VAEProgram
+) -> Params | None:
   """The EMA weights that `init_from` names, or None.
 
   Raises:
@@ -175,12 +170,18 @@ def initial_weights(config: ConfigDict, program: Program) -> Params | None:
   """
   if not config.init_from:
     return None
-  checkpoints, step = checkpoint.open_existing(config.init_from)
+  try:
+    checkpoints, step = checkpoint.open_existing(config.init_from)
+  except UserError as error:
+    raise UserError(
+      f"init_from: {error}, or import into it (avd import-wan)"
+    ) from None
   with contextlib.closing(checkpoints):
-    theirs = checkpoints.record(step)["config"]["model"]
-    ours = config_lib.to_json(config)["model"]
+    what = "vae" if "vae" in config else "model"
+    theirs = checkpoints.record(step)["config"].get(what, {})
+    ours = config_lib.to_json(config)[what]
     changed = config_lib.differences(
-      theirs, ours, "model.", config_lib.WEIGHTLESS
+      theirs, ours, f"{what}.", config_lib.WEIGHTLESS
     )
     if changed:
       raise UserError(
@@ -195,7 +196,7 @@ def initial_weights(config: ConfigDict, program: Program) -> Params | None:
 class _Run:
   """One call of `train`, from some step on."""
 
-  program: Program
+  program: Program | VAEProgram
   workdir: Path
   checkpoints: checkpoint.Checkpoints
   progress: bool
@@ -217,16 +218,12 @@ class _Run:
             continue
           if step == stretch.first and step:
             state = self.program.begin_stage(state, stretch.name)
-          stage = self.program.config.stage[stretch.name]
           with self._bar(stretch, step) as bar:
             while step < stretch.last:
               batch = parallel.put_batch(next(batches), mesh)
               local = step - stretch.first
               launch = self.program.step(stretch.name, local)
-              schedule = Schedule(
-                np.float32(optim.learning_rate(stage, local)),
-                np.float32(optim.ramp(stage, local)),
-              )
+              schedule = self.program.schedule(stretch.name, local)
               state, metrics = launch(state, batch, schedule)
               step += 1
               flight.append((metrics, parallel.any_process(bool(caught), mesh)))

@@ -22,15 +22,16 @@ from avd_jax.algorithms import (
   histories,
 )
 from avd_jax.config import typed
-from avd_jax.data.pipeline import DataConfig
+from avd_jax.data.pipeline import DataConfig, Source
 from avd_jax.diffusion import flow_matching
+from avd_jax.errors import UserError
 from avd_jax.models import attention
 from avd_jax.models import denoiser as denoiser_lib
 from avd_jax.models.dit_config import DiTConfig
 from avd_jax.training import optim
 from avd_jax.training import state as state_lib
 from avd_jax.training.state import TrainState
-from avd_jax.training.step import Step, make_step
+from avd_jax.training.step import Schedule, Step, make_step
 from avd_jax.typing import Batch, Denoiser, HistoryFn, LossFn, Params
 
 HISTORIES = {
@@ -73,6 +74,30 @@ class Program:
   def model(self) -> DiTConfig:
     return typed(DiTConfig, self.config.model)
 
+  def for_source(self, source: Source) -> "Program":
+    """The same for the clips of a source, where those tell what they are.
+
+    Raises:
+      UserError: latents of other channels than the model's, or embeddings of
+        another shape than it reads.
+    """
+    shape = getattr(source, "shape", None)
+    if shape is not None and shape[-1] != self.model.channels:
+      raise UserError(
+        f"data.path holds latents of {shape[-1]} channels, the model has"
+        f" model.channels {self.model.channels}"
+      )
+    null = getattr(source, "null_text", None)
+    if null is None:
+      return self
+    wanted = self.batch.text.shape[1:]
+    if null.shape != wanted:
+      raise UserError(
+        f"data.path holds texts of {null.shape}, the model reads {wanted}:"
+        " change data.text_length or model.text_dim"
+      )
+    return dataclasses.replace(self, null_text=null)
+
   def check(self) -> None:
     """Refuses what this mesh's devices cannot compute, before they try.
 
@@ -81,12 +106,6 @@ class Program:
         implementation that cannot do this model.
     """
     model, x = self.model, self.batch.x
-    null, wanted = self.null_text, self.batch.text.shape[1:]
-    if null is not None and null.shape != wanted:
-      raise UserError(
-        f"data.path holds texts of {null.shape}, the model reads {wanted}:"
-        " change data.text_length or model.text_dim"
-      )
     rows, columns = model.grid(*x.shape[2:4])
     tokens = model.chunk_frames * rows * columns
     parallel.check_divides(self.mesh, tokens=tokens, heads=model.num_heads)
@@ -174,6 +193,19 @@ class Program:
     if stage.objective == "consistency":
       memory[consistency.NAME] = jax.tree.map(jnp.copy, params)
     return memory
+
+  def schedule(self, name: str, local: int) -> Schedule:
+    """What the host decides of a stage's step.
+
+    Args:
+      name: of the stage.
+      local: steps taken in it.
+    """
+    stage = self.config.stage[name]
+    return Schedule(
+      np.float32(optim.learning_rate(stage, local)),
+      np.float32(optim.ramp(stage, local)),
+    )
 
   def step(self, name: str, local: int = 0) -> Step:
     """The compiled training step of a stage; it donates the state.

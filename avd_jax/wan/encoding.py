@@ -11,25 +11,17 @@ import dataclasses
 import functools
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from avd_jax.data import latent_store, sources, video
 from avd_jax.errors import UserError
-from avd_jax.models import umt5, vae
-from avd_jax.models.umt5 import UMT5Config
-from avd_jax.models.vae import VAEConfig
-from avd_jax.typing import Params
-from avd_jax.wan import importing, tokenizer
+from avd_jax.wan.codec import TEXT_LENGTH, Encoder
 
-TEXT_LENGTH = 512  # tokens; Wan pads its prompts to this
-_PATCH = 2  # latents along height, and width, that the transformer joins
 _MIB = 1 << 20
 
 
@@ -71,95 +63,6 @@ class Options:
         f"--process-index {self.process_index}: give 0 to --process-count"
         f" {self.process_count} - 1"
       )
-
-
-class Encoder:
-  """The VAE and the text encoder of an imported checkpoint.
-
-  Each is loaded when it is first needed, so that mistakes show before.
-  """
-
-  def __init__(self, checkpoint: str | Path):
-    self._checkpoint = checkpoint
-
-  @functools.cached_property
-  def _vae(self) -> tuple[VAEConfig, Params]:
-    return importing.load_vae(self._checkpoint)
-
-  @functools.cached_property
-  def _text(self) -> tuple[UMT5Config, Params]:
-    return importing.load_text_encoder(self._checkpoint)
-
-  @functools.cached_property
-  def _tokenizer(self) -> tokenizer.Tokenizer:
-    return tokenizer.load(self._checkpoint)
-
-  @functools.cached_property
-  def _encode_video(self):
-    return jax.jit(functools.partial(vae.encode, self._vae[0]))
-
-  @functools.cached_property
-  def _encode_text(self):
-    return jax.jit(umt5.encode, static_argnums=1)
-
-  def shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
-    """Latents [f h w c] of a clip.
-
-    Raises:
-      UserError: a clip that VAE or transformer cannot take.
-    """
-    cfg = self._vae[0]
-    side, step = cfg.spatial_factor * _PATCH, cfg.temporal_factor
-    if frames < 1 or (frames - 1) % step:
-      nearest = 1 + step * max(0, round((frames - 1) / step))
-      raise UserError(
-        f"--frames {frames}: give 1 + a multiple of {step}, {nearest} is the"
-        " nearest"
-      )
-    for name, value in (("height", height), ("width", width)):
-      if value < 1 or value % side:
-        nearest = side * max(1, round(value / side))
-        raise UserError(
-          f"--{name} {value}: give a multiple of {side}, {nearest} is the"
-          " nearest"
-        )
-    return (cfg.latent_frames(frames), *cfg.grid(height, width), cfg.z_dim)
-
-  def names(self) -> tuple[str, str, int]:
-    """(codec, text encoder), by what their weights are; width of the text."""
-    encoder = {"encoder": self._vae[1]["encoder"]}
-    return (
-      f"wan-vae-{_digest(self._vae[0], encoder)}",
-      f"umt5-{_digest(*self._text)}",
-      self._text[0].dim,
-    )
-
-  def latents(self, clip: np.ndarray) -> np.ndarray:
-    """uint8 [F H W 3] to bfloat16 latents [f h w c]."""
-    pixels = video.to_float(clip)[None]
-    latents = self._encode_video(self._vae[1], pixels)[0]
-    return np.asarray(latents).astype(latent_store.DTYPE)
-
-  def text(self, caption: str) -> tuple[np.ndarray, int]:
-    """(embedding [tokens d] bfloat16 up to the prompt's end, tokens cut)."""
-    prompt = tokenizer.clean(caption)
-    cut = max(0, len(self._tokenizer.ids(prompt)) - TEXT_LENGTH)
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore")  # what was cut is counted and listed
-      ids, lengths = self._tokenizer.encode([prompt], TEXT_LENGTH)
-    cfg, params = self._text
-    out = self._encode_text(params, cfg, ids, lengths)[0]
-    text = np.asarray(out).astype(latent_store.DTYPE)
-    return text[: lengths[0]], cut
-
-
-def _digest(cfg: Any, params: Params) -> str:
-  """Of a config and the first MiB of every leaf: weights of GBs tell enough."""
-  found = hashlib.sha256(repr(cfg).encode())
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    found.update(f"{jax.tree_util.keystr(path)} {leaf.shape}".encode())
-    found.update(np.asarray(leaf.ravel()[: _MIB // leaf.itemsize]).tobytes())
-  return found.hexdigest()[:16]
 
 
 def read_captions(file: str | Path) -> dict[str, str]:
@@ -371,16 +274,15 @@ def _spec(
   captions: str | Path | None,
   options: Options,
 ) -> latent_store.Spec:
-  codec, text_encoder, text_dim = encoder.names()
   names = hashlib.sha256("\n".join(videos.names).encode()).hexdigest()[:16]
   told = "the .txt beside each video"
   if captions is not None:
     told = hashlib.sha256(Path(captions).read_bytes()).hexdigest()[:16]
   return latent_store.Spec(
-    codec=codec,
-    text_encoder=text_encoder,
+    codec=encoder.name,
+    text_encoder=encoder.text_encoder,
     shape=shape,
-    text_dim=text_dim,
+    text_dim=encoder.text_dim,
     text_length=TEXT_LENGTH,
     frames=options.frames,
     height=options.height,

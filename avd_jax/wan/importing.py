@@ -14,7 +14,6 @@ leaf differ); loading casts.
 """
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,7 +29,7 @@ from ml_collections import ConfigDict
 
 from avd_jax import config as config_lib
 from avd_jax import parallel
-from avd_jax.checkpoint import read_json
+from avd_jax.disk import read_json, write_json
 from avd_jax.errors import UserError
 from avd_jax.models import denoiser, umt5, vae
 from avd_jax.models.dit_config import DiTConfig
@@ -149,10 +148,12 @@ def read(source: Source) -> tuple[Any, dict[str, Assembled]]:
 def run_config(cfg: DiTConfig) -> ConfigDict:
   """A run's config around an imported model, with the paper's settings."""
   values = config_lib.default().to_dict()
-  values["model"] = dataclasses.asdict(cfg)
+  # As Wan itself computes; what needs float32 has it, and weights keep theirs.
+  values["model"] = dataclasses.asdict(cfg) | {"dtype": "bfloat16"}
   # 81 frames of 832x480, as latents.
   values["data"] |= dict(frames=21, height=60, width=104, text_length=512)
-  values["sampling"] |= dict(steps=32, shift=5.0, guidance=5.0)
+  # A chunk is seconds of work: each is handed over as soon as it is made.
+  values["sampling"] |= dict(steps=32, shift=5.0, guidance=5.0, segment=1)
   values["evaluation"] |= dict(given=3, frames=21)
   for stage in values["stage"].values():
     stage["learning_rate"] = 5e-5
@@ -239,7 +240,7 @@ def _save_dit(
       ema=trees.to_save("ema", parts), record=ocp.args.JsonSave(record)
     )
     manager.save(0, args=args)
-  _write_json(out / "config.json", config)
+  write_json(out / "config.json", config)
 
 
 def _save_beside(
@@ -248,11 +249,32 @@ def _save_beside(
   parts: Mapping[str, trees.Leaf],
 ) -> None:
   trees.save(folder / "params", "params", parts)
-  _write_json(folder / "config.json", dataclasses.asdict(cfg))
+  write_json(folder / "config.json", dataclasses.asdict(cfg))
 
 
-def _write_json(path: Path, values: Any) -> None:
-  path.write_text(json.dumps(values, indent=2) + "\n")
+@dataclasses.dataclass(frozen=True)
+class _Held:
+  """A leaf that is in memory already; see `trees.Leaf`."""
+
+  array: np.ndarray
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.array.shape
+
+  @property
+  def dtype(self) -> np.dtype:
+    return self.array.dtype
+
+  def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
+    return self.array[index]
+
+
+def save_vae(workdir: str | Path, cfg: VAEConfig, params: Params) -> None:
+  """Writes a VAE that was trained here where `run` would have put one."""
+  leaves = trees.flat(params).items()
+  parts = {path: _Held(np.asarray(leaf)) for path, leaf in leaves}
+  _save_beside(Path(workdir) / PLACES["vae"], cfg, parts)
 
 
 def load_dit(
@@ -295,7 +317,7 @@ def load_vae(workdir: str | Path) -> tuple[VAEConfig, Params]:
   Raises:
     UserError: there is none, or it is damaged.
   """
-  folder = _component(workdir, "vae")
+  folder = component(workdir, "vae")
   cfg = read_config(VAEConfig, folder)
   target = jax.eval_shape(lambda key: vae.init(cfg, key), jax.random.key(0))
   return cfg, trees.restore(folder / "params", "params", target)
@@ -313,7 +335,7 @@ def load_text_encoder(
   Raises:
     UserError: there is none, or it is damaged.
   """
-  folder = _component(workdir, "text")
+  folder = component(workdir, "text")
   cfg = read_config(UMT5Config, folder)
   boxed = jax.eval_shape(lambda key: umt5.init(cfg, key), jax.random.key(0))
   target = jax.tree.map(
@@ -333,7 +355,12 @@ def _shardings(boxed: Any, mesh: Mesh | None) -> Any:
   return jax.tree.map(lambda _: here, nn.meta.unbox(boxed))
 
 
-def _component(workdir: str | Path, name: str) -> Path:
+def component(workdir: str | Path, name: str) -> Path:
+  """Where an imported checkpoint has its "vae" or its "text".
+
+  Raises:
+    UserError: it has none.
+  """
   folder = Path(workdir) / PLACES[name]
   if not folder.is_dir():
     raise UserError(

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from avd_jax.checkpoint import read_json
+from avd_jax.disk import read_json
 from avd_jax.errors import UserError
 from avd_jax.models.dit_config import DiTConfig
 from avd_jax.models.umt5 import UMT5Config
