@@ -3,15 +3,18 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from avd_jax import config as config_lib
 from avd_jax.cli import main as cli
 from avd_jax.errors import UserError
 from avd_jax.ops import attention, routing
 from avd_jax.studies import (
   attention_cost,
   long_rollout,
+  mesh_cost,
   race,
   rivals,
   step_cost,
@@ -195,6 +198,34 @@ def test_the_cost_of_a_step_has_its_parts(monkeypatch, tmp_path, capsys):
   assert all(name in table for name in numbers)
   assert cli.main(["bench", "step", "--config", TINY, "--rounds", "0"]) == 2
   assert "at least 1 round" in capsys.readouterr().err
+
+
+def test_meshes_race_plain_data_parallelism(monkeypatch, tmp_path, capsys):
+  seen = []
+
+  def step(program, batch, name):
+    seen.append((dict(program.mesh.shape), batch.x.sharding.num_devices, name))
+    return lambda: 0
+
+  # Compiling every mesh takes longer than this test may.
+  monkeypatch.setattr(mesh_cost.steps, "step", step)
+  path = tmp_path / "mesh.json"
+  arguments = ["--config", TINY, "--rounds", "2", "--json", str(path)]
+  heads = "--config.model.num_heads=2"
+  assert cli.main(["bench", "step", "--meshes", *arguments, heads]) == 0
+  numbers = json.loads(path.read_text())
+  names = ["data 8", "fsdp 8", "context 4", "tensor 2"]  # 4 tokens a chunk
+  assert list(numbers["meshes"]) == list(numbers["ms"]) == names
+  assert all(numbers["meshes"]["data 8"][s] == 1.0 for s in mesh_cost.STAGES)
+  assert seen[4:6] == [
+    ({"data": 2, "fsdp": 1, "context": 4, "tensor": 1}, 8, name)
+    for name in mesh_cost.STAGES
+  ]
+  shown = capsys.readouterr().out
+  assert all(name in shown for name in names)
+  one = jax.devices()[:1]
+  with pytest.raises(UserError, match="2 devices and more"):
+    mesh_cost.meshes(config_lib.load(TINY, []), one)
 
 
 # --- long rollouts -----------------------------------------------------------
