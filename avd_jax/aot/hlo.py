@@ -46,7 +46,10 @@ _FREE = {
 }  # fmt: skip
 _SLICES = ("dynamic-slice", "gather", "slice")
 # Custom calls that mark places and compute nothing.
-_MARKS = ("AllocateBuffer", "Assume", "Async", "Sharding", "SPMD", "Pin")
+_MARKS = (
+  "AllocateBuffer", "Assume", "Async", "ConcatBitcast", "Sharding", "SPMD",
+  "Pin",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
