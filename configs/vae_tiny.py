@@ -16,7 +16,13 @@ from avd_jax import config as base
 def get_config():
   config = base.vae_default()
   config.data.update(
-    source="video", frames=5, height=32, width=48, fps=8.0, batch_size=4
+    source="video",
+    eval_files=2,
+    frames=5,
+    height=32,
+    width=48,
+    fps=8.0,
+    batch_size=4,
   )
   config.vae.update(
     base_dim=8,

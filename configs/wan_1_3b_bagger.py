@@ -23,7 +23,9 @@ out: a rollout needs a real clip, not a fresh one.
 
 Hardware: 64 accelerators of 80 GB or more, in pairs that share three videos of
 a batch (96 does not cut into 64). Rollouts run on one device of each process:
-start as many processes as devices for them. Cost: 56.2 PFLOP a step,
+start as many processes as devices for them. Two at once take 22 GiB of cache
+(7 chunks, and as many again for guidance) besides umT5's 11 GB and the weights.
+Cost: 56.2 PFLOP a step,
 recomputing not counted, and for each trajectory 6 chunks of 20 steps, two
 passes each. No hours are known to us, and nobody has run this here.
 """
@@ -53,6 +55,6 @@ def get_config():
     prefix=4 / 7,
     restart="base",
     codec="wan:runs/wan",
-    batch_size=4,
+    batch_size=2,
   )
   return config

@@ -38,7 +38,8 @@ def made_in(way, **changes):
   """A sampler of a world with captions, a chunk a call."""
   options = WAYS.get(way, {}) | dict(segment=1, steps=1) | changes
   see = {"attention": options.pop("attention")} if way == "routed" else {}
-  config = tiny(text="bytes", **see)
+  # In one layer keys and values depend on neither text nor history.
+  config = tiny(text="bytes", num_layers=2, **see)
   config.sampling.update(options)
   config_lib.check(config)
   return sampling.Sampler(config, weights(config))

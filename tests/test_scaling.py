@@ -18,6 +18,7 @@ def plan(target="v5p:4x4x4", data=8, exchanges=(), seconds=(1.0, 0.25), hbm=20):
     "target": target,
     "mesh": mesh,
     "stage": "resampling_forcing",
+    "program": "resampling_forcing",
     "hbm_limit_bytes": 30 * GIB,
     "programs": {
       "resampling_forcing": {
@@ -89,6 +90,10 @@ def test_a_pair_of_devices_passes_on_as_much_on_any_mesh():
 def test_a_plan_without_a_data_axis_or_without_peaks_is_refused():
   with pytest.raises(UserError, match=r"mesh\.data=2"):
     scaling.curve(plan(data=1))
+  refused = plan()
+  refused["programs"]["resampling_forcing"]["seconds"] = {}
+  with pytest.raises(UserError, match="one that fits"):
+    scaling.curve(refused)
   with pytest.raises(UserError, match="no known peaks"):
     scaling.curve(plan("cpu:8"))
 

@@ -126,7 +126,8 @@ def _times(plan: Plan) -> Iterator[Row]:
 
 
 def recipe(plan: Plan) -> dict[str, dict[str, float | int | None]]:
-  """Steps, seconds of a step, days and device-hours of each stage, at least."""
+  """Steps, seconds of a step, days and device-hours, at least, of each stage
+  that was compiled."""
   stages = [name for name in plan.config.stages if (name, 0) in plan.figures]
   found = {}
   for name in stages:
@@ -151,6 +152,7 @@ def _recipe_rows(plan: Plan) -> Iterator[str]:
   if _total(rows, "days") is None:
     return
   yield ""
+  whole = set(rows) == set(plan.config.stages)
   head = f"{'steps':>11}{'days':>11}{'device-hours':>15}"
   yield f"{'the recipe, at least':<32}{head}"
   for name, row in rows.items():
@@ -159,7 +161,8 @@ def _recipe_rows(plan: Plan) -> Iterator[str]:
       f"{row['device_hours']:>15,.4g}"
     )
   days, hours = (_total(rows, what) for what in ("days", "device_hours"))
-  yield f"  {'in all':<30}{'':>11}{days:>11.3g}{hours:>15,.4g}"
+  name = "in all" if whole else "these, without the others"
+  yield f"  {name:<30}{'':>11}{days:>11.3g}{hours:>15,.4g}"
 
 
 def _remarks(plan: Plan) -> Iterator[str]:
@@ -198,8 +201,9 @@ def record(
 ) -> dict[str, Any]:
   """A plan as plain values.
 
-  `flops_per_step`, `step_seconds` and `mfu` are of the stage that computes most
-  (`stage`); `hbm_bytes_per_device` of the program that needs most memory.
+  `flops_per_step`, `step_seconds` and `mfu` are of the program that computes
+  most (`program`, of `stage`); `hbm_bytes_per_device` of the program that needs
+  most memory.
   """
   key = plan.main
   figures, rows = plan.figures[key], recipe(plan)
@@ -213,6 +217,7 @@ def record(
     "hbm_limit_bytes": plan.limit,
     "parameters": figures.parameters,
     "stage": key[0],
+    "program": _title(key),
     "flops_per_step": figures.flops,
     "step_seconds": figures.least,
     "mfu": plan.mfu(figures),
@@ -220,6 +225,7 @@ def record(
     "failures": {_title(k): why for k, why in plan.failures.items()},
     "recipe": {
       "stages": rows,
+      "whole": set(rows) == set(plan.config.stages),
       "days": _total(rows, "days"),
       "device_hours": _total(rows, "device_hours"),
     },

@@ -261,14 +261,21 @@ def best(
   Raises:
     UserError: as `candidates`; and a target, a stage that cannot be.
   """
+  until = time.monotonic() + 60 * minutes
   name = heaviest_stage(config, stage)
   tried = candidates(config, target, name)
   good = search(tried, target, name, limit, minutes, measure)
+  rollouts: dict[tuple[int, ...], Figures] = {}  # recomputing changes none
   for candidate in good:
+    mesh = tuple(candidate.mesh.values())
     known = {(name, 0): candidate.figures}
-    done = plan(candidate.config, target, stage, limit, measure, known)
-    if done.fits:
+    if mesh in rollouts:
+      known[ROLLOUT, 0] = rollouts[mesh]
+    done = plan(candidate.config, target, stage, limit, measure, known, until)
+    if done.fits or time.monotonic() > until:
       return done, tried
+    if (ROLLOUT, 0) in done.figures:
+      rollouts[mesh] = done.figures[ROLLOUT, 0]
   smallest = min(tried, key=lambda candidate: candidate.memory)
   known = {(name, 0): smallest.figures} if smallest.figures else {}
   done = plan(smallest.config, target, stage, limit, measure, known)

@@ -131,6 +131,7 @@ def plan(
   limit: int | None = None,
   measure: Measure | None = None,
   known: dict[tuple[str, int], Figures] | None = None,
+  until: float | None = None,
 ) -> Plan:
   """Compiles a run's programs for a target.
 
@@ -141,6 +142,7 @@ def plan(
     limit: see `limit_of`.
     measure: compiles a job; `plan_compile.apart` if None.
     known: figures of this very config that need not be found again.
+    until: when to give up, by `time.monotonic()`.
 
   Raises:
     UserError: a target, a mesh or a stage that cannot be, or no program
@@ -162,7 +164,9 @@ def plan(
         bar.set_description(f"compiling {name}")
         job = Job(plain, target, name, local)
         try:
-          found[key] = measure(job, None, bar.refresh)
+          found[key] = measure(job, until, bar.refresh)
+        except TimeoutError as error:
+          failures[name, local] = f"was not compiled: {error}"
         except RuntimeError as error:  # the others took minutes: go on
           first = str(error).strip().partition("\n")[0][:300]
           failures[name, local] = f"does not compile for {target}: {first}"

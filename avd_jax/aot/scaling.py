@@ -85,7 +85,12 @@ def curve(
       "scaling grows the axis data, and this plan has data 1, which sends"
       " nothing along it: plan with --config.mesh.data=2 or more"
     )
-  figures = plan["programs"][plan["stage"]]
+  figures = plan["programs"][plan["program"]]
+  if not figures["seconds"]:
+    raise UserError(
+      f"the plan of {plan['program']} for {plan['target']} did not compile:"
+      " scale one that fits"
+    )
   on_gpus = chip.outward is not None
   found = []
   for shape in _meshes(mesh, least, most):

@@ -64,7 +64,7 @@ def _from_function(setting: str) -> Rewrite:
     )
   try:
     function = getattr(importlib.import_module(module), name)
-  except (ImportError, AttributeError) as error:
+  except Exception as error:  # a user's program: anything may be wrong in it
     raise UserError(f"bagger.prompts {setting}: {error}") from error
   if not callable(function):
     raise UserError(f"bagger.prompts {setting}: not a function")

@@ -207,6 +207,7 @@ class Rollouts:
     # checkpoints waits until the others do.
     sampler = sampling.load(workdir)
     if self._latent:
+      self.codec.load()
       null = self.seeds.null_text
       sampler = dataclasses.replace(sampler, null_text=null)
     each = self.frames - self._given

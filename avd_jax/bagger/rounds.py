@@ -242,11 +242,14 @@ class _Run:
     weights = weights_before(self.workdir, number)
     with self._timed(plan, "rollouts"):
       self.rollouts.make(number, weights, plan["source"], self.progress)
-    shards = aggregate.shards(self.rollouts.store, number)
+    lead = jax.process_index() == 0
+    shards = aggregate.shards(self.rollouts.store, number, verify=lead)
     config = round_config(self.config, self.workdir, number)
     train = place(self.workdir, number) / "train"
     with self._timed(plan, "training"):
       state = loop.train(config, train, self.mesh, self.progress)
+    if not lead:  # what follows reads the whole round
+      return
     values = config_lib.to_json(config)
     base = config_lib.to_json(part(self.config, BASE))
     text = json.dumps(values, sort_keys=True).encode()

@@ -56,17 +56,20 @@ def _finish_vae(config, workdir, state):
     cfg = vae.finish(config, workdir, state, bar.update)
   data = config_lib.typed(DataConfig, config.data)
   clips, made = vae.reconstructions(
-    cfg, state.ema, data, config.evaluation.videos
+    cfg, vae.here(state.ema), data, config.evaluation.videos
   )
+  # A folder of which nothing is held out is evaluated on what it trained.
+  same = data.source == "video" and not data.eval_files
+  kind = "training" if same else "held-out"
   psnr = 10 * np.log10(4 / np.mean((clips - made) ** 2))
   film = video.side_by_side(
     [clips, made],
-    ["held out", "given back"],
+    [kind, "given back"],
     scale=max(1, 192 // data.width),
   )
   path = Path(workdir) / "reconstruction.mp4"
   video.write_video(path, film, fps=data.fps or 8.0)
   print(
-    f"wrote {Path(workdir) / 'vae'} and {path}: {len(clips)} held-out clips at"
+    f"wrote {Path(workdir) / 'vae'} and {path}: {len(clips)} {kind} clips at"
     f" {psnr:.1f} dB"
   )

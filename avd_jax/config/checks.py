@@ -94,6 +94,11 @@ def check(config: ConfigDict, frames: int = 0, trains: bool = True) -> None:
     _same_fields(f"stage.{name}.", section, stage("", 0))
   model, data = typed(DiTConfig, config.model), typed(DataConfig, config.data)
   _check_ranges(config)
+  if config.evaluation.frames <= config.evaluation.given:
+    raise UserError(
+      f"evaluation.frames {config.evaluation.frames} must exceed"
+      f" evaluation.given {config.evaluation.given}"
+    )
   grid = model.grid(data.height, data.width)
   if model.spatial_embedding not in (None, grid):
     raise UserError(
@@ -294,9 +299,13 @@ def _check_vae(config: ConfigDict) -> None:
   network.latent_frames(data.frames)
   if config.loss.kl < 0:
     raise UserError(f"loss.kl {config.loss.kl}: at least 0")
-  for name in ("accumulation", "clip_norm"):
-    if config.optimizer[name] <= 0:
-      raise UserError(f"optimizer.{name} {config.optimizer[name]}: above 0")
+  _check_ranges(config)
+  if not config.stages:
+    raise UserError("stages is empty; name at least one section of stage")
+  for name in config.stages:
+    for field in ("steps", "learning_rate"):
+      if config.stage[name][field] <= 0:
+        raise UserError(f"stage.{name}.{field}: above 0")
   _one_of("optimizer.name", config.optimizer.name, ("adamw",))
 
 
@@ -314,20 +323,19 @@ def _check_ranges(config: ConfigDict) -> None:
     section, _, field = name.rpartition(".")
     return config[section][field] if section else config[field]
 
+  def known(name):
+    section, _, field = name.rpartition(".")
+    return field in (config.get(section, {}) if section else config)
+
   for name, least in AT_LEAST.items():
-    if value(name) < least:
+    if known(name) and value(name) < least:
       raise UserError(f"{name} {value(name)}: at least {least}")
   for name in POSITIVE:
-    if value(name) <= 0:
+    if known(name) and value(name) <= 0:
       raise UserError(f"{name} {value(name)} must be positive")
   for name in BELOW_ONE:
-    if not 0 <= value(name) < 1:
+    if known(name) and not 0 <= value(name) < 1:
       raise UserError(f"{name} {value(name)} is not in [0, 1)")
-  if config.evaluation.frames <= config.evaluation.given:
-    raise UserError(
-      f"evaluation.frames {config.evaluation.frames} must exceed"
-      f" evaluation.given {config.evaluation.given}"
-    )
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -177,7 +177,7 @@ def headers(file: Path) -> Iterator[dict[str, Any]]:
   """What is known about the trajectories of a shard, in order."""
   source = grain.sources.ArrayRecordDataSource(str(file))
   for index in range(len(source)):
-    yield unpack(source[index])[1]
+    yield unpack(_read(source, index, file))[1]
 
 
 def finish_round(
@@ -206,12 +206,9 @@ def finish_round(
     )
   shards = []
   for file in files:
-    with file.open("rb") as content:
-      digest = hashlib.file_digest(content, "sha256").hexdigest()
-    size = file.stat().st_size
-    shards.append(
-      dict(name=file.name, records=_count(file), bytes=size, sha256=digest)
-    )
+    entry = dict(name=file.name, records=_count(file))
+    entry |= dict(bytes=file.stat().st_size, sha256=_digest(file))
+    shards.append(entry)
   disk.write_json(_index(path, round), {"round": round, "shards": shards})
   return shards
 
@@ -225,8 +222,16 @@ def is_finished(path: str | Path, round: int) -> bool:
   return _index(path, round).exists()
 
 
-def shards(path: str | Path, round: int) -> list[dict[str, Any]]:
+def shards(
+  path: str | Path, round: int, verify: bool = False
+) -> list[dict[str, Any]]:
   """The shards of a finished round: name, records, bytes, sha256.
+
+  Args:
+    path: the store.
+    round: which.
+    verify: read them all and compare their sha256; else size and number of
+      records alone, which another shard may share.
 
   Raises:
     UserError: the round is not finished, or a shard is gone or another one.
@@ -243,7 +248,31 @@ def shards(path: str | Path, round: int) -> list[dict[str, Any]]:
       _count(file) != entry["records"]
     ):
       raise UserError(f"{file} of round {round} is damaged; put back a copy")
+    if verify and _digest(file) != entry["sha256"]:
+      raise UserError(
+        f"{file} of round {round} is damaged or another one; put back a copy"
+      )
   return found
+
+
+def _digest(file: Path) -> str:
+  with file.open("rb") as content:
+    return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _read(records: Any, index: int, where: Any) -> bytes:
+  """A record.
+
+  Raises:
+    UserError: it is damaged.
+  """
+  try:
+    return records[index]
+  except (RuntimeError, ValueError) as error:
+    reason = str(error).strip().partition("\n")[0][:200]
+    raise UserError(
+      f"{where}: record {index} is damaged ({reason}); put back a copy"
+    ) from error
 
 
 class Aggregate:
@@ -310,10 +339,10 @@ class Aggregate:
 
   def header(self, index: int) -> dict[str, Any]:
     """The provenance of trajectory `index`."""
-    return unpack(self._records[index])[1]
+    return unpack(_read(self._records, index, self))[1]
 
   def _window(self, index: int, start: int) -> dict[str, Any]:
-    record = self._records[index]
+    record = _read(self._records, index, self)
     video, header = unpack(record)
     clip = {
       "video": video[start : start + self._frames].astype(np.float32),

@@ -74,8 +74,11 @@ class VideoWriter:
       UserError: the file cannot be written.
     """
     if self._kept:
-      video.write_video(self.path, np.concatenate(self._kept), self.fps)
-      self._kept = []
+      kept, self._kept = np.concatenate(self._kept), []
+      try:
+        video.write_video(self.path, kept, self.fps)
+      except OSError as error:
+        raise UserError(f"{self.path}: {error.strerror or error}") from error
     if self._container is not None:
       container, self._container = self._container, None
       try:
@@ -86,10 +89,10 @@ class VideoWriter:
 
   def _open(self, height: int, width: int) -> None:
     codec, pixels, options, movie = _CODECS[self.path.suffix.lower()]
+    rate = Fraction(self.fps).limit_denominator(1001)
     self._container = av.open(
       os.fspath(self.path), "w", options=movie | {"flush_packets": "1"}
     )
-    rate = Fraction(self.fps).limit_denominator(1001)
     self._stream: Any = self._container.add_stream(
       codec, rate=rate, options=options
     )

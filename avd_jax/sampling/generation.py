@@ -7,6 +7,7 @@ before the VAE encodes what is given, and the transformer.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,10 +131,15 @@ def plan(request: Request) -> Plan:
       f"{request.workdir} was trained without text (model.text 'none'):"
       " prompts and --guidance have nothing to act on"
     )
+  if request.negative is not None and config.sampling.guidance == 1.0:
+    raise UserError(
+      "--negative-prompt: sampling.guidance 1 leads away from nothing; give"
+      " --guidance 5, or the like"
+    )
   space = spaces.of(config, request.workdir, request.wan)
   size = space.size(request.height, request.width)
   fps = space.fps if request.fps is None else request.fps
-  clip, caption = _given(request, config, space, size, fps)
+  clip, caption = _given(request, config, space, size)
   frames = _frames(request, space, len(clip), fps)
   prompts = list(request.prompts) or [_unsaid(request, config, caption)]
   chunk = config.model.chunk_frames
@@ -167,8 +173,8 @@ def _check_numbers(request: Request) -> None:
       raise UserError(f"--{name} {value}: at least {least}")
   for name in ("fps", "seconds"):
     value = getattr(request, name)
-    if value is not None and not value > 0:
-      raise UserError(f"--{name} {value}: must be positive")
+    if value is not None and not 0 < value < math.inf:
+      raise UserError(f"--{name} {value}: must be positive and finite")
   if request.frames is not None and request.seconds is not None:
     raise UserError("--frames and --seconds both say how long: give one")
 
@@ -201,7 +207,6 @@ def _given(
   config: ConfigDict,
   space: spaces.Space,
   size: tuple[int, int],
-  fps: float,
 ) -> tuple[np.ndarray, str]:
   """The given frames [k H W 3] and the caption that comes with them."""
   image = Path(request.file or "").suffix.lower() in video.IMAGES
@@ -218,9 +223,12 @@ def _given(
   else:
     if not count:
       raise UserError("--video needs --given K: how many of its frames to use")
-    stride = config.data.stride
+    # As the model was shown its videos, whatever the rate of the file to write.
+    stride, rate = config.data.stride, config.data.fps
     if config.model.text == "embeddings":
-      stride = max(1, round(video.probe(request.file).fps / fps))
+      rate = space.fps
+    if rate:
+      stride = max(1, round(video.probe(request.file).fps / rate))
     clip = video.read_clip(request.file, 0, count, stride)
   return video.resize_crop(clip, *size), ""
 

@@ -217,12 +217,11 @@ class Sampler:
     texts = texts_lib.constant(text)
     segment, room = self.room(done, total, texts.starts)
     window, key = options.recompute, jax.random.key(seed)
-    # Caches that will be made anew need what they held.
-    anew = window is not None or texts.until(done, total) < total
     given = jnp.asarray(given, jnp.float32)
     past = _Past(given[:, : done * size], size)
     shape = (given.shape[0], size, *given.shape[2:])
     held, null = self._held(given, done, segment), self._null()
+    cache = None
     while done < total:
       if past.count == window:
         past.keep_last(options.recompute_keep)
@@ -230,6 +229,8 @@ class Sampler:
       if window is not None:
         until = min(until, done - past.count + window)
       now = jnp.asarray(texts.at(done))
+      # Whoever was handed the last one may hold on to it: two are too large.
+      jax.tree.map(lambda x: x.delete(), cache)
       cache = self._filled(past, now, null, shape, room)
       while done < until:
         first = (jnp.int32(done), jnp.int32(past.count))
@@ -238,9 +239,11 @@ class Sampler:
         )
         held = _let_go(held)
         count = min(segment, until - done)
-        if anew:
+        if window is not None or texts.until(done, total) < total:
           seen = self._as_context(made, key, jnp.int32(done))
           past.remember(seen[:count], self._told)
+        else:
+          past.chunks.clear()  # nothing will be made anew any more
         past.count += count
         done += count
         yield made[:, : count * size], cache
@@ -253,7 +256,8 @@ class Sampler:
     shape: tuple[int, ...],
     room: int,
   ) -> Any:
-    """A cache of all past chunks, taken in one by one under a text."""
+    """A cache that all past chunks of the video have gone through, one by one,
+    under a text; a window's ring has kept the last of them."""
     like = jax.ShapeDtypeStruct(shape, jnp.float32)
     cache = self.denoiser().init_cache(like, room)
     for place, (x, level) in enumerate(past.chunks):
@@ -402,6 +406,11 @@ def read_config(
 
 
 def _config(record: Any, overrides: Sequence[str], frames: int) -> ConfigDict:
+  if "model" not in record["config"]:
+    raise UserError(
+      "this run trained a VAE, which makes no videos by itself; give one that"
+      " trained a model"
+    )
   config = config_lib.from_json(record["config"])
   config_lib.override(config, list(overrides), CHANGEABLE)
   if overrides:

@@ -111,9 +111,12 @@ class VAEProgram:
   ) -> TrainState:
     """A fresh optimizer (and, if given, other weights)."""
     del name
-    params = state.params if params is None else params
-    optimizer = optim.make(self.config.optimizer).init(params)
-    return state._replace(params=params, optimizer=optimizer)
+    if params is not None:
+      # A copy: every leaf of the state is donated to the step.
+      ema = jax.tree.map(jnp.copy, params)
+      state = state._replace(params=params, ema=ema)
+    optimizer = optim.make(self.config.optimizer).init(state.params)
+    return state._replace(optimizer=optimizer)
 
   def step(self, name: str, local: int = 0) -> Step:
     """The compiled training step; it donates the state."""
@@ -178,7 +181,7 @@ def finish(
   state: TrainState,
   on_clip: Callable[[], Any] = lambda: None,
 ) -> VAEConfig:
-  """Writes a finished run's `vae/`, unless it is there.
+  """Writes a finished run's `vae/`, unless it is there; by one process.
 
   Args:
     config: of the run.
@@ -194,9 +197,15 @@ def finish(
     return importing.read_config(VAEConfig, folder)
   data = typed(DataConfig, config.data)
   source = pipeline.make_source(data)
-  cfg = measured(network(config), state.ema, source, on_clip)
-  importing.save_vae(workdir, cfg, state.ema)
+  params = here(state.ema)
+  cfg = measured(network(config), params, source, on_clip)
+  importing.save_vae(workdir, cfg, params)
   return cfg
+
+
+def here(params: Params) -> Params:
+  """This process's copy of weights that are whole on every device."""
+  return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), params)
 
 
 def reconstructions(

@@ -47,6 +47,14 @@ class Encoder:
   def __init__(self, checkpoint: str | Path):
     self._checkpoint = checkpoint
 
+  def load(self) -> None:
+    """Loads both networks now.
+
+    Where several processes work together, all must, at the same point: whoever
+    opens saved weights waits until the others do.
+    """
+    _ = self._vae, self._text
+
   @functools.cached_property
   def _vae(self) -> tuple[VAEConfig, Params]:
     return importing.load_vae(self._checkpoint)

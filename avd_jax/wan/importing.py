@@ -274,6 +274,8 @@ def save_vae(workdir: str | Path, cfg: VAEConfig, params: Params) -> None:
   """Writes a VAE that was trained here where `run` would have put one."""
   leaves = trees.flat(params).items()
   parts = {path: _Held(np.asarray(leaf)) for path, leaf in leaves}
+  # Without a config.json, whoever began to write here was killed.
+  shutil.rmtree(Path(workdir) / PLACES["vae"] / "params", ignore_errors=True)
   _save_beside(Path(workdir) / PLACES["vae"], cfg, parts)
 
 

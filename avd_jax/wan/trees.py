@@ -137,9 +137,19 @@ def to_save(name: str, leaves: Mapping[str, Leaf]) -> ocp.args.PyTreeSave:
   return ocp.args.PyTreeSave({name: tree})
 
 
+def _alone() -> ocp.options.MultiprocessingOptions:
+  """This process reads and writes for itself, and waits for no other."""
+  me = jax.process_index()
+  return ocp.options.MultiprocessingOptions(
+    primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"own_{me}"
+  )
+
+
 def save(path: Path, name: str, leaves: Mapping[str, Leaf]) -> None:
   """Saves a tree of its own, at `path`, whole or not at all."""
-  with ocp.Checkpointer(handler()) as checkpointer:
+  with ocp.Checkpointer(
+    handler(), multiprocessing_options=_alone()
+  ) as checkpointer:
     checkpointer.save(path.absolute(), args=to_save(name, leaves))
 
 
@@ -217,7 +227,9 @@ def restore(path: Path, name: str, target: Params) -> Params:
     ),
     target,
   )
-  with ocp.StandardCheckpointer() as checkpointer:
+  with ocp.StandardCheckpointer(
+    multiprocessing_options=_alone()
+  ) as checkpointer:
     return _readable(path, checkpointer.restore, path, {name: target})[name]
 
 
