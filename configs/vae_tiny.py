@@ -33,6 +33,6 @@ def get_config():
   )
   config.optimizer.update(name="adamw", b2=0.99, weight_decay=0.0, ema=0.99)
   config.stage.vae.update(
-    steps=600, learning_rate=2e-3, warmup_steps=20, decay_steps=200
+    steps=1500, learning_rate=2e-3, warmup_steps=20, decay_steps=500
   )
   return config
