@@ -44,3 +44,14 @@ def _programs_end_with_their_file():
   yield
   jax.clear_caches()
   gc.collect()
+
+
+@pytest.fixture(scope="session")
+def wan_ckpt(tmp_path_factory):
+  """A tiny Wan of random weights, imported; to be read only."""
+  from avd_jax.wan import importing, tiny
+
+  root = tmp_path_factory.mktemp("wan")
+  tiny.run(root / "files", "diffusers")
+  importing.run(root / "files", root / "ckpt")
+  return root / "ckpt"

@@ -16,7 +16,7 @@ from avd_jax.bagger.rollouts import Rollouts
 from avd_jax.data import aggregate, latent_store, pipeline, video
 from avd_jax.errors import UserError
 from avd_jax.training import loop
-from avd_jax.wan import codec, encoding, importing, tiny
+from avd_jax.wan import codec, encoding, tiny
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("ftfy")
@@ -26,16 +26,8 @@ FRAMES, HEIGHT, WIDTH = 9, 16, 16  # pixels: 3 latent frames of 2 x 2
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-  root = tmp_path_factory.mktemp("wan")
-  tiny.run(root / "files", "diffusers")
-  importing.run(root / "files", root / "ckpt")
-  return root / "ckpt"
-
-
-@pytest.fixture(scope="module")
-def encoder(checkpoint):
-  return codec.Encoder(checkpoint)
+def encoder(wan_ckpt):
+  return codec.Encoder(wan_ckpt)
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +43,10 @@ def store(encoder, tmp_path_factory):
   return root / "store"
 
 
-def config_of(store, checkpoint):
+def config_of(store, wan_ckpt):
   """A base of two steps and a round of two."""
   config = config_lib.default()
-  config.init_from = str(checkpoint)
+  config.init_from = str(wan_ckpt)
   config.data.update(
     source="latents", path=str(store), frames=3, height=2, width=2,
     batch_size=2, text_length=512,
@@ -69,7 +61,7 @@ def config_of(store, checkpoint):
   )
   config.stages, config.stage = ("base",), {"base": stage(), "round": stage()}
   config.bagger.update(
-    rounds=1, share=0.5, batch_size=2, codec=f"wan:{checkpoint}"
+    rounds=1, share=0.5, batch_size=2, codec=f"wan:{wan_ckpt}"
   )
   config.log.update(every=1, checkpoint_every=1)
   config.sampling.update(steps=1, segment=2, guidance=2.0)
@@ -108,7 +100,7 @@ class Killed(Exception):
 
 
 @pytest.fixture(scope="module")
-def whole(store, checkpoint, tmp_path_factory):
+def whole(store, wan_ckpt, tmp_path_factory):
   """A run that was killed before its store was whole, and gone on with."""
   workdir = tmp_path_factory.mktemp("run")
   with pytest.MonkeyPatch.context() as patch:
@@ -118,12 +110,12 @@ def whole(store, checkpoint, tmp_path_factory):
 
     patch.setattr(aggregate, "finish_round", dies)
     with pytest.raises(Killed):
-      run(config_of(store, checkpoint), workdir)
+      run(config_of(store, wan_ckpt), workdir)
   shard = aggregate.shard(workdir / "store", 1, 0)
   written = shard.stat().st_mtime_ns
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(Rollouts, "_trajectories", None)  # none is made again
-    trained = run(config_of(store, checkpoint), workdir)
+    trained = run(config_of(store, wan_ckpt), workdir)
   assert trained == [workdir / "round_1" / "train"]
   assert shard.stat().st_mtime_ns == written
   return workdir
@@ -155,9 +147,7 @@ def test_the_aggregate_holds_latents_embeddings_and_provenance(
     assert header["checkpoint"] == {"workdir": "base", "step": 2}
 
 
-def test_a_trajectory_is_the_reversed_rollout(
-  whole, store, checkpoint, encoder
-):
+def test_a_trajectory_is_the_reversed_rollout(whole, store, wan_ckpt, encoder):
   """The first batch again, by hand; the prompt's embedding is heard."""
   from avd_jax import sampling
 
@@ -215,9 +205,9 @@ def refused(config, workdir):
   ],
 )
 def test_settings_that_cannot_work_are_refused_at_once(
-  store, checkpoint, tmp_path, section, change, says
+  store, wan_ckpt, tmp_path, section, change, says
 ):
-  config = config_of(store, checkpoint)
+  config = config_of(store, wan_ckpt)
   config[section].update(change)
   assert says in refused(config, tmp_path / "run")
 
@@ -231,26 +221,26 @@ def test_settings_that_cannot_work_are_refused_at_once(
   ],
 )
 def test_a_checkpoint_that_lacks_something_is_named(
-  store, checkpoint, tmp_path, gone, says
+  store, wan_ckpt, tmp_path, gone, says
 ):
   copy = tmp_path / "ckpt"
-  shutil.copytree(checkpoint, copy, ignore=shutil.ignore_patterns(gone))
-  config = config_of(store, checkpoint)
+  shutil.copytree(wan_ckpt, copy, ignore=shutil.ignore_patterns(gone))
+  config = config_of(store, wan_ckpt)
   config.bagger.codec = f"wan:{copy}"
   message = refused(config, tmp_path / "run")
   assert message.startswith("bagger.codec: ")
   assert says in message
 
 
-def test_another_vae_is_refused(store, checkpoint, whole, tmp_path):
+def test_another_vae_is_refused(store, wan_ckpt, whole, tmp_path):
   """The store's clips, and the aggregate's trajectories, are of one."""
   other = tmp_path / "store"
   shutil.copytree(store, other)
   values = json.loads((other / "store.json").read_text())
   disk.write_json(other / "store.json", values | {"codec": "wan-vae-0"})
-  config = config_of(other, checkpoint)
+  config = config_of(other, wan_ckpt)
   assert "were encoded with wan-vae-0" in refused(config, tmp_path / "run")
-  trained = config_of(other, checkpoint).data
+  trained = config_of(other, wan_ckpt).data
   trained.update(aggregate=str(whole / "store"), aggregate_rounds=1)
   with pytest.raises(UserError, match=r"is of codec 'wan-vae-.*'wan-vae-0'"):
     pipeline.make_source(config_lib.typed(pipeline.DataConfig, trained))
@@ -259,14 +249,14 @@ def test_another_vae_is_refused(store, checkpoint, whole, tmp_path):
   spec = dataclasses.asdict(aggregate.spec(copy / "store"))
   disk.write_json(copy / "store" / "store.json", spec | {"codec": "wan-vae-0"})
   with pytest.raises(UserError, match="begun with codec 'wan-vae-0', not"):
-    Rollouts(config_of(store, checkpoint), copy / "store").check()
+    Rollouts(config_of(store, wan_ckpt), copy / "store").check()
 
 
 def test_channels_and_a_start_that_are_not_there_are_named(
-  store, checkpoint, tmp_path
+  store, wan_ckpt, tmp_path
 ):
   mesh = parallel.make_mesh(jax.devices()[:1], (1, 1, 1, 1))
-  config = config_of(store, checkpoint)
+  config = config_of(store, wan_ckpt)
   config.model.channels = 8
   with pytest.raises(UserError, match=r"16 channels, .*model.channels 8"):
     loop.train(config, tmp_path / "a", mesh, False)

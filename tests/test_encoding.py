@@ -38,17 +38,8 @@ def film(name):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-  root = tmp_path_factory.mktemp("wan")
-  tiny.run(root / "files", "diffusers")
-  for component in ("vae", "text"):
-    importing.run(root / "files", root / "ckpt", component)
-  return root / "ckpt"
-
-
-@pytest.fixture(scope="module")
-def encoder(checkpoint):
-  return encoding.Encoder(checkpoint)
+def encoder(wan_ckpt):
+  return encoding.Encoder(wan_ckpt)
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +84,12 @@ def contents(path):
   return files
 
 
-def test_clips_are_what_vae_and_text_encoder_say(store, videos, checkpoint):
+def test_clips_are_what_vae_and_text_encoder_say(store, videos, wan_ckpt):
   path, _ = store
   source = latent_store.LatentSource(path, 2, text_dim=tiny.TEXT.dim)
   headers = [source.header(i) for i in range(len(source))]
   assert [(h["file"], h["start"]) for h in headers] == CLIPS
-  cfg, params = importing.load_vae(checkpoint)
+  cfg, params = importing.load_vae(wan_ckpt)
   whole = jax.jit(functools.partial(vae.encode, cfg, chunk=None))
   bf16 = latent_store.DTYPE
   for i in (2, 4):
@@ -109,9 +100,9 @@ def test_clips_are_what_vae_and_text_encoder_say(store, videos, checkpoint):
     np.testing.assert_allclose(source[i]["video"], wanted, rtol=1e-2, atol=1e-2)
     again = source[i]["video"].astype(bf16).astype(np.float32)
     np.testing.assert_array_equal(again, source[i]["video"])
-  cfg, params = importing.load_text_encoder(checkpoint)
+  cfg, params = importing.load_text_encoder(wan_ckpt)
   told = ["a red ball", "two boats", ""]
-  ids, lengths = tokenizer.load(checkpoint).encode(told, 512)
+  ids, lengths = tokenizer.load(wan_ckpt).encode(told, 512)
   embed = jax.jit(umt5.encode, static_argnums=1)
   wanted = np.asarray(embed(params, cfg, ids, lengths), np.float32)
   found = [source[0]["text"], source[9]["text"], source.null_text]
@@ -301,8 +292,8 @@ def test_tables_hold_any_caption(tmp_path):
   assert encoding.read_captions(tmp_path / "a.tsv") == {"a.mp4": "ä, b"}
 
 
-def test_other_weights_have_another_name(encoder, checkpoint):
-  other = encoding.Encoder(checkpoint)
+def test_other_weights_have_another_name(encoder, wan_ckpt):
+  other = encoding.Encoder(wan_ckpt)
   names = lambda encoder: (encoder.name, encoder.text_encoder)
   assert names(other) == names(encoder)
   cfg, params = other._vae
@@ -313,7 +304,7 @@ def test_other_weights_have_another_name(encoder, checkpoint):
 
 
 def test_the_program_encodes_a_folder(
-  checkpoint, videos, tmp_path, capsys, monkeypatch
+  wan_ckpt, videos, tmp_path, capsys, monkeypatch
 ):
   folder = tmp_path / "videos"
   folder.mkdir()
@@ -321,7 +312,13 @@ def test_the_program_encodes_a_folder(
     (folder / name).write_bytes((videos / name).read_bytes())
   (folder / "a.txt").write_text("a red ball\n")
   out = tmp_path / "out"
-  command = ["encode", "--videos", str(folder), "--checkpoint", str(checkpoint)]
+  command = [
+    "encode",
+    "--videos",
+    str(folder),
+    "--checkpoint",
+    str(wan_ckpt),
+  ]
   command += ["--out", str(out), "--height", "16", "--width", "32"]
   with warnings.catch_warnings():
     warnings.simplefilter("error", UserWarning)

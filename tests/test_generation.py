@@ -260,18 +260,10 @@ SIZE = ("--height", "32", "--width", "48", "--steps", "2")
 
 
 @pytest.fixture(scope="module")
-def ckpt(tmp_path_factory):
-  root = tmp_path_factory.mktemp("wan")
-  tiny_wan.run(root / "files")
-  importing.run(root / "files", root / "ckpt")
-  return root / "ckpt"
-
-
-@pytest.fixture(scope="module")
-def on_latents(ckpt, tmp_path_factory):
+def on_latents(wan_ckpt, tmp_path_factory):
   """A run with the same weights, as training on latents leaves it."""
   workdir = tmp_path_factory.mktemp("latents")
-  sampler = sampling.load(ckpt)
+  sampler = sampling.load(wan_ckpt)
   sampler.config.data.update(source="latents", path="gone")
   checkpoints = checkpoint.Checkpoints(workdir)
   record = {"config": config_lib.to_json(sampler.config)}
@@ -285,7 +277,7 @@ def sample(*words):
 
 
 def test_wan_extends_a_video_under_two_prompts(
-  ckpt, tmp_path, capsys, monkeypatch
+  wan_ckpt, tmp_path, capsys, monkeypatch
 ):
   """Every stage against the parts it is made of."""
   clip = film(40)
@@ -308,7 +300,7 @@ def test_wan_extends_a_video_under_two_prompts(
   said = ("--prompt", "a red boat", "--prompt", "a storm@1s")
   said += ("--negative-prompt", "blurred", "--seed", 3)
   given = ("--video", source, "--given", 13, "--frames", 30)
-  assert not sample("--workdir", ckpt, "--out", out, *said, *given, *SIZE)
+  assert not sample("--workdir", wan_ckpt, "--out", out, *said, *given, *SIZE)
   told = capsys.readouterr().out.splitlines()
   assert told[-2] == f"wrote {out}: 30 frames, the first 13 given"
   assert told[-1].startswith("first frames after")
@@ -316,13 +308,13 @@ def test_wan_extends_a_video_under_two_prompts(
   assert video.probe(out) == (30, 16, 32, 48)
 
   texts = ["a red boat", "a storm", "blurred"]
-  one, two, null = prompting.embed(ckpt, texts, 512)
+  one, two, null = prompting.embed(wan_ckpt, texts, 512)
   assert np.abs(one - two).max() > 1e-3
-  cfg, params = importing.load_vae(ckpt)
+  cfg, params = importing.load_vae(wan_ckpt)
   pixels = video.to_float(clip[:26:2])[None]
   latents = jax.jit(functools.partial(vae.encode, cfg))(params, pixels)
   assert latents.shape[1] == 4  # a chunk, and a frame that is held
-  sampler = dataclasses.replace(load(ckpt), null_text=null)
+  sampler = dataclasses.replace(load(wan_ckpt), null_text=null)
   assert sampler.config.sampling.guidance == 5
   assert sampler.config.sampling.segment == 1
   sampler.config.sampling.steps = 2
@@ -336,37 +328,43 @@ def test_wan_extends_a_video_under_two_prompts(
 
 
 def test_wan_goes_on_from_an_image_in_a_run_on_latents(
-  ckpt, on_latents, tmp_path
+  wan_ckpt, on_latents, tmp_path
 ):
   """The same weights make the same video; texts and VAE are from --wan."""
   image = tmp_path / "boat.png"
   Image.fromarray(film(1, 40, 48)[0]).save(image)
   words = ("--prompt", "a boat", "--frames", 2, "--video", image, *SIZE)
   first, second = tmp_path / "a.mkv", tmp_path / "b.mkv"
-  assert not sample("--workdir", ckpt, "--out", first, *words)
-  words += ("--workdir", on_latents, "--wan", ckpt, "--guidance", 5)
+  assert not sample("--workdir", wan_ckpt, "--out", first, *words)
+  words += ("--workdir", on_latents, "--wan", wan_ckpt, "--guidance", 5)
   assert not sample("--out", second, *words)
   films = [video.read_clip(path, 0, 2) for path in (first, second)]
   np.testing.assert_array_equal(*films)
 
 
-def test_what_generation_refuses(ckpt, on_latents, tmp_path, capsys):
+def test_what_generation_refuses(wan_ckpt, on_latents, tmp_path, capsys):
   image, clip = tmp_path / "a.png", tmp_path / "a.mkv"
   Image.fromarray(film(1)[0]).save(image)
   video.write_video(clip, film(21), 16)
   whole = ("--video", clip, "--given", "21")  # two chunks
   (tmp_path / "file").write_text("")
   before = set(tmp_path.iterdir())
-  ours = ("--workdir", ckpt, "--prompt", "a")
+  ours = ("--workdir", wan_ckpt, "--prompt", "a")
   for words, message in (
-    (("--workdir", ckpt), "give --prompt"),
+    (("--workdir", wan_ckpt), "give --prompt"),
     (("--workdir", on_latents, "--prompt", "a"), "has no vae of its own: give"),
     ((*ours, "--wan", tmp_path), "has no vae: avd import-wan"),
-    (("--workdir", ckpt, "--prompt", "x " * 600), "tokens, at most 512 fit"),
+    (
+      ("--workdir", wan_ckpt, "--prompt", "x " * 600),
+      "tokens, at most 512 fit",
+    ),
     ((*ours, "--prompt", "b"), "'b' is not the first"),
     ((*ours, "--prompt", "b@9s"), "too late: the last chunk begins at 4.3"),
     ((*ours, "--prompts", "p.json"), "--prompt and --prompts"),
-    (("--workdir", ckpt, "--prompts", "p.json"), "p.json: no such file"),
+    (
+      ("--workdir", wan_ckpt, "--prompts", "p.json"),
+      "p.json: no such file",
+    ),
     ((*ours, "--height", "40"), "--height 40: give a multiple of 16, 32 is"),
     ((*ours, "--width", "0"), "--width 0: give a multiple of 16"),
     ((*ours, "--seconds", "0"), "--seconds 0.0: must be positive"),
@@ -391,13 +389,13 @@ def test_what_generation_refuses(ckpt, on_latents, tmp_path, capsys):
   assert set(tmp_path.iterdir()) == before
 
 
-def test_a_streamed_decoding_is_the_whole_one(ckpt):
+def test_a_streamed_decoding_is_the_whole_one(wan_ckpt):
   """However the latents come."""
-  config = sampling.read_config(ckpt)
-  decode = spaces.of(config, ckpt, None).decode(32, 48)
+  config = sampling.read_config(wan_ckpt)
+  decode = spaces.of(config, wan_ckpt, None).decode(32, 48)
   latents = jax.random.normal(jax.random.key(0), (1, 9, 4, 6, 16))
   parts = [decode(part) for part in jnp.split(latents, [1, 6], 1)]
-  cfg, params = importing.load_vae(ckpt)
+  cfg, params = importing.load_vae(wan_ckpt)
   whole = jax.jit(functools.partial(vae.decode, cfg, chunk=None))(
     params, latents
   )

@@ -31,7 +31,7 @@ from avd_jax.models.dit_config import DiTConfig
 from avd_jax.training import optim
 from avd_jax.training import state as state_lib
 from avd_jax.training.state import TrainState
-from avd_jax.training.step import Schedule, Step, make_step
+from avd_jax.training.step import Schedule, Step, compiled, make_step
 from avd_jax.typing import Batch, Denoiser, HistoryFn, LossFn, Params
 
 HISTORIES = {
@@ -243,17 +243,7 @@ class Program:
       ema_decay=optimizer.ema,
       accumulation=optimizer.accumulation,
     )
-    everywhere = parallel.replicated(self.mesh)
-    return jax.jit(
-      step,
-      in_shardings=(
-        self.shardings,
-        parallel.batch_sharding(self.mesh),
-        everywhere,
-      ),
-      out_shardings=(self.shardings, everywhere),
-      donate_argnums=0,
-    )
+    return compiled(step, self.shardings, self.mesh)
 
   def _create(self, seed: jax.Array) -> TrainState:
     """The state, still boxed with logical axes."""

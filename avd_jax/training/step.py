@@ -1,4 +1,4 @@
-"""One training step: a pure function of state and batch."""
+"""One training step: a pure function of state and batch, then a program."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from avd_jax import parallel
 from avd_jax.training.state import TrainState
 from avd_jax.typing import Batch, LossFn, Metrics, StepContext
 
@@ -100,3 +102,20 @@ def make_step(
     return state, metrics
 
   return step
+
+
+def compiled(step: Step, shardings: TrainState, mesh: Mesh) -> Step:
+  """A step as a program for a mesh; it donates the state.
+
+  Args:
+    step: the pure function.
+    shardings: where every leaf of the state lives.
+    mesh: its batch axes cut the batch; schedule and metrics are whole.
+  """
+  everywhere = parallel.replicated(mesh)
+  return jax.jit(
+    step,
+    in_shardings=(shardings, parallel.batch_sharding(mesh), everywhere),
+    out_shardings=(shardings, everywhere),
+    donate_argnums=0,
+  )

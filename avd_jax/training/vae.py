@@ -27,8 +27,8 @@ from avd_jax.models.vae import VAEConfig
 from avd_jax.training import optim
 from avd_jax.training import state as state_lib
 from avd_jax.training.state import TrainState
-from avd_jax.training.step import Schedule, Step, make_step
-from avd_jax.typing import Batch, LossFn, Params
+from avd_jax.training.step import Schedule, Step, compiled, make_step
+from avd_jax.typing import LossFn, Params
 from avd_jax.wan import importing
 
 _MEASURED = 64  # clips that the latents' mean and deviation are taken over
@@ -71,18 +71,6 @@ class VAEProgram:
     """What the host decides of a stage's step."""
     rate = optim.learning_rate(self.config.stage[name], local)
     return Schedule(np.float32(rate), np.float32(1.0))
-
-  @functools.cached_property
-  def batch(self) -> Batch:
-    """Shapes of a global batch."""
-    data = typed(DataConfig, self.config.data)
-    size, m = data.batch_size, data.text_length
-    video = (size, data.frames, data.height, data.width, 3)
-    return Batch(
-      jax.ShapeDtypeStruct(video, jnp.float32),
-      jax.ShapeDtypeStruct((size, m), jnp.int32),
-      jax.ShapeDtypeStruct((size,), jnp.int32),
-    )
 
   def _create(self, seed: jax.Array) -> TrainState:
     params = vae.init(network(self.config), jax.random.key(seed))
@@ -132,17 +120,7 @@ class VAEProgram:
       ema_decay=optimizer.ema,
       accumulation=optimizer.accumulation,
     )
-    everywhere = parallel.replicated(self.mesh)
-    return jax.jit(
-      step,
-      in_shardings=(
-        self.shardings,
-        parallel.batch_sharding(self.mesh),
-        everywhere,
-      ),
-      out_shardings=(self.shardings, everywhere),
-      donate_argnums=0,
-    )
+    return compiled(step, self.shardings, self.mesh)
 
 
 def measured(
