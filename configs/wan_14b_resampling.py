@@ -15,7 +15,7 @@ serves the other.
 Ours, besides: what configs/wan_1_3b_teacher_forcing.py says of its own; the
 same learning rate for ten times the parameters.
 
-Hardware: 64 accelerators of 80 GB or more, a video each; parameters are cut
+Meant for 64 accelerators of 80 GB or more, a video each; parameters are cut
 over all of them, blocks recomputed, their inputs kept in the host's memory (54
 GB a device). Ask `avd plan --config ... --target h100:64` before. Cost: 494
 PFLOP a step of warm-up, 628 PFLOP of resampling, recomputing not counted.

@@ -21,7 +21,7 @@ after its 16,000 steps; prompts are rewritten by a template (`bagger.prompts`);
 and what configs/wan_1_3b_teacher_forcing.py says of its own. No video is held
 out: a rollout needs a real clip, not a fresh one.
 
-Hardware: 64 accelerators of 80 GB or more, in pairs that share three videos of
+Meant for 64 accelerators of 80 GB or more, in pairs that share three videos of
 a batch (96 does not cut into 64). Rollouts run on one device of each process:
 start as many processes as devices for them. Two at once take 22 GiB of cache
 (7 chunks, and as many again for guidance) besides umT5's 11 GB and the weights.

@@ -18,7 +18,7 @@ steps of learning rate's warm-up, no decay; an EMA of 0.99, which is what the
 next recipe starts from; text dropped for 10 % of videos, or guidance would ask
 for what was never seen.
 
-Hardware: 64 accelerators of 80 GB or more, a video each; parameters are cut 8
+Meant for 64 accelerators of 80 GB or more, a video each; parameters are cut 8
 ways, blocks recomputed, computed in bfloat16. On 8: `optimizer.accumulation=8`.
 `avd plan --config ... --target h100:64` says what a device needs. Cost: 74.9
 PFLOP a step, recomputing not counted. We know of no hours that the paper gives,

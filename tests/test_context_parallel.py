@@ -11,7 +11,7 @@ import pytest
 from avd_jax import parallel
 from avd_jax.errors import UserError
 from avd_jax.ops import attention, kv_cache, masks, per_device, routing
-from avd_jax.ops.kernels import triton_ranges, triton_routed
+from avd_jax.ops.kernels import splash, triton_ranges, triton_routed
 from avd_jax.ops.routing import Routing
 
 B, N, T, A, D = 2, 4, 8, 2, 12
@@ -68,12 +68,13 @@ def graded(call, case, top_k, raw, arrays):
     ("reference", "whole", None, (1, 1, 4, 1)),
     ("reference", "sink", "raw", (1, 1, 2, 1)),
     ("xla", "sink", None, (1, 2, 2, 2)),
+    ("xla", "whole", None, (1, 1, 4, 1)),
     ("xla", "whole", 2, (1, 1, 2, 1)),
     ("xla", "cache", None, (1, 1, 4, 1)),
     ("xla", "cache", "raw", (1, 2, 2, 2)),
   ],
 )
-def test_a_ring_is_one_softmax(implementation, case, top_k, shape):
+def test_parts_are_one_softmax(implementation, case, top_k, shape):
   """Out, lse and gradients, routed by means of whole chunks."""
   raw, top_k = top_k == "raw", 2 if top_k else None
   arrays = arrays_of(case)
@@ -140,14 +141,33 @@ def test_what_context_does_not_divide_is_refused():
     parallel.constrain(q, mesh, parallel.HEADS)
 
 
-def test_kernels_without_a_gradient_through_their_lse_refuse():
+@pytest.mark.parametrize("case", ["whole", "sink"])
+def test_a_kernel_without_lse_gradient_sees_gathered_keys(case):
+  """Splash, interpreted, on half of each chunk's queries."""
+  arrays = arrays_of(case, head_dim=64)
+  mesh = parallel.make_mesh(jax.devices()[:2], (1, 1, 2, 1))
+  sight = sight_of(case)[0]
+  kernel = functools.partial(splash.attend, interpret=True, block=128)
+
+  def value(call, q, k, v):
+    out, _ = call(q, k, v, sight)
+    return jnp.sum(jnp.sin(out)), out
+
+  graded = lambda call: jax.jit(
+    jax.value_and_grad(functools.partial(value, call), (0, 1, 2), has_aux=True)
+  )(*arrays[:3])
+  one = graded(functools.partial(attention.attend, implementation="reference"))
+  many = graded(functools.partial(per_device.attend, kernel, mesh))
+  jax.tree.map(CLOSE, many, one)
+
+
+def test_dense_kernels_take_a_part_of_each_chunk():
   sight, _ = sight_of("whole")
   q = jax.ShapeDtypeStruct((B, 2 * N * T, A, 64), jnp.bfloat16)
-  problem = attention.describe("tpu", q, q, sight)
-  assert attention.choose(problem).name == "splash"
   mesh = parallel.make_mesh(jax.devices()[:2], (1, 1, 2, 1))
-  part = attention._share(problem, mesh)
-  assert part.tokens == T // 2
-  assert "mesh.context" in attention.refusals(part)["splash"]
-  gpu = attention._share(attention.describe("gpu", q, q, sight), mesh)
-  assert "mesh.context" in attention.refusals(gpu)["cudnn"]
+  for platform, name in (("tpu", "splash"), ("gpu", "cudnn")):
+    problem = attention.describe(platform, q, q, sight)
+    part = attention._share(problem, mesh)
+    assert part.tokens == T // 2
+    assert part.columns == 2 * problem.columns
+    assert attention.choose(part).name == name

@@ -15,7 +15,7 @@ from avd_jax.cli import main
 from avd_jax.data import aggregate, latent_store, video
 from avd_jax.errors import UserError
 from avd_jax.models import umt5, vae
-from avd_jax.wan import encoding, importing, tiny, tokenizer
+from avd_jax.wan import encoding, importing, prompting, tiny, tokenizer
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("ftfy")
@@ -104,9 +104,11 @@ def test_clips_are_what_vae_and_text_encoder_say(store, videos, wan_ckpt):
   told = ["a red ball", "two boats", ""]
   ids, lengths = tokenizer.load(wan_ckpt).encode(told, 512)
   embed = jax.jit(umt5.encode, static_argnums=1)
-  wanted = np.asarray(embed(params, cfg, ids, lengths), np.float32)
+  each = [slice(i, i + 1) for i in range(len(told))]
+  wanted = [embed(params, cfg, ids[i], lengths[i])[0] for i in each]
   found = [source[0]["text"], source[9]["text"], source.null_text]
-  np.testing.assert_allclose(found, wanted, rtol=0.05, atol=0.05)
+  np.testing.assert_array_equal(found, np.asarray(wanted, np.float32))
+  np.testing.assert_array_equal(found, prompting.embed(wan_ckpt, told, 512))
   for text, length in zip(found, lengths, strict=True):
     assert np.abs(text[:length]).max(1).min() > 0
     assert not text[length:].any()

@@ -141,22 +141,6 @@ def mesh_of(config: ConfigDict, target: str) -> Mesh:
   return parallel.make_mesh(devices, shape)
 
 
-def check(config: ConfigDict, mesh: Mesh) -> Program:
-  """The program of a config on a mesh, if there can be one.
-
-  Raises:
-    UserError: a mesh that does not divide heads, batch, tokens or weights, or
-      an attention implementation that cannot do this.
-  """
-  program = Program(config, mesh)
-  parallel.check_batch(
-    config.data.batch_size, config.optimizer.accumulation, mesh
-  )
-  program.check()
-  _ = program.shardings
-  return program
-
-
 def _placed(tree: Any, sharding: NamedSharding) -> Any:
   shape = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
   return jax.tree.map(shape, tree)
@@ -224,7 +208,7 @@ def measure(job: Job) -> Figures:
   """Compiles a program and reads what it takes.
 
   Raises:
-    UserError: what cannot be, see `check`.
+    UserError: what cannot be, see `Program.check`.
   """
   start = time.perf_counter()
   config = config_lib.from_json(job.config)
@@ -232,7 +216,8 @@ def measure(job: Job) -> Figures:
   mesh = mesh_of(config, job.target)
   with topologies.lowering(name), warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always", UserWarning)
-    program = check(config, mesh)
+    program = Program(config, mesh)
+    program.check()
     if job.what == ROLLOUT:
       function, arguments, held, work = _segment(program)
       flops, videos, frames = work

@@ -49,11 +49,6 @@ class Candidate:
   figures: Figures | None = None
   failure: str | None = None
 
-  @property
-  def overrides(self) -> list[str]:
-    """Arguments that make this of a config."""
-    return overrides(self.config, self.mesh)
-
 
 def overrides(config: ConfigDict, mesh: dict[str, int]) -> list[str]:
   """Arguments that cut a run up as this config is."""

@@ -15,6 +15,7 @@ from avd_jax import config as config_lib
 from avd_jax.aot import chips, plan_compile, topologies
 from avd_jax.aot.plan_compile import ROLLOUT, Figures, Job
 from avd_jax.errors import UserError
+from avd_jax.training.program import Program
 
 # (job, until, tick) -> its figures; see `plan_compile.apart`.
 Measure = Callable[..., Figures]
@@ -151,7 +152,8 @@ def plan(
   measure = measure or plan_compile.apart
   which, known = kinds(config, stage), dict(known or {})
   mesh = plan_compile.mesh_of(config, target)
-  program = plan_compile.check(config, mesh)
+  program = Program(config, mesh)
+  program.check()
   same = lambda name, local: (
     name if name == ROLLOUT else id(program.step(name, local))
   )

@@ -291,12 +291,15 @@ def _divides(place: Place, q: jax.Array, tokens: int) -> bool:
 def _share(problem: Problem, mesh: Mesh) -> Problem:
   """A device's part of a problem."""
   videos, context, heads = per_device.shards(mesh)
+  # Where `per_device.attend` gathers keys.
+  gathered = context if problem.static and problem.top_k is None else 1
   return dataclasses.replace(
     problem,
     batch=max(1, problem.batch // videos),
+    columns=problem.columns * gathered,
+    pairs=problem.pairs * gathered,
     tokens=max(1, problem.tokens // context),
     heads=max(1, problem.heads // heads),
-    merged=context > 1 and problem.static,
   )
 
 

@@ -36,8 +36,6 @@ def refuses(problem: Problem) -> str | None:
       "it cannot route (model.attention.routing_top_k): use triton, xla or"
       " reference"
     )
-  if problem.merged:
-    return "it has no gradient through its lse, which mesh.context needs"
   if problem.sink_queries:
     return (
       "it has no gradient through the log-sum-exp that joins re-based sinks"

@@ -147,6 +147,8 @@ class Sight:
       those; None where it may see others.
     most: of a traced row: columns besides its own that it sees at most; None
       where that may be all of them.
+    parts: columns that a chunk of keys takes up, where queries are a part of
+      each chunk (`cut`); `own` is then the first of them.
 
   Raises:
     ValueError: more sinks than history, or more history than columns.
@@ -159,6 +161,7 @@ class Sight:
   sink: int = 0
   count: jax.Array | None = None
   most: int | None = None
+  parts: int = 1
 
   def __post_init__(self):
     if not 0 <= self.sink <= self.history <= self.sees.shape[-1]:
@@ -178,6 +181,22 @@ class Sight:
     columns = xp.arange(self.history)
     mine = columns == self.own[:, None]
     return self.sees[:, : self.history] & ~mine
+
+  def cut(self, parts: int) -> "Sight":
+    """The static sight of one of `parts` equal parts of every chunk's queries.
+
+    They see what all of their chunk sees: keys stay whole, in columns as short
+    as the queries' part is.
+    """
+    return dataclasses.replace(
+      self,
+      sees=np.repeat(self.sees, parts, 1),
+      own=self.own * parts,
+      tokens=self.tokens // parts,
+      history=self.history * parts,
+      sink=self.sink * parts,
+      parts=self.parts * parts,
+    )
 
   def runs(self, row: int) -> list[tuple[int, int]]:
     """The columns that a row sees, as ascending half-open ranges."""

@@ -6,11 +6,14 @@ device holds a part of each chunk: masks, which know chunks only, stay what they
 were, all devices have equal work however long the history, and a rollout's one
 chunk is cut like a training video's many.
 
-Keys and values stay where they are. Queries travel: in a ring, each device's
-queries pass by every other's keys and take along what they have seen so far,
-merged by log-sum-exp into the one softmax over all keys. Queries of a decoded
-chunk are few and its history is long, so this moves little; in training it
-moves about what moving keys and values would.
+What then travels is what costs least. Against a KV cache, and wherever history
+is routed, keys and values stay where they are: in a ring, each device's queries
+pass by every other's keys and take along what they have seen so far, merged by
+log-sum-exp into the one softmax over all keys. Queries of a decoded chunk are
+few and its history is long, so this moves little. In dense attention over whole
+videos keys and values are gathered instead, which moves less than queries with
+their float32 sums, and asks no gradient through a kernel's lse; where blocks
+are recomputed (model.remat) they last as long as a block's backward pass.
 """
 
 import dataclasses
@@ -59,7 +62,7 @@ def attend(
 
   Args:
     call: see `ops.attention`; must have a gradient through its lse where
-      context cuts tokens and gradients are taken.
+      context cuts tokens, history is routed and gradients are taken.
     mesh: what to run on.
     q: queries [b q a d], or by chunk [b n s a d].
     k: keys.
@@ -101,12 +104,14 @@ def attend(
     tables |= {"sees": sight.sees, "own": sight.own, "count": sight.count}
   specs += (jax.tree.map(lambda _: PartitionSpec(), tables),)
   context = mesh.shape["context"]
+  gather = context > 1 and sight.static and routing is None
   flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
 
   def share(moving, arrays, tables):
     tables = dict(tables)
     order = tables.pop("order")
-    seen = dataclasses.replace(sight, tokens=tokens // context, **tables)
+    part = dict(tokens=tokens // context, **tables)
+    seen = sight.cut(context) if gather else dataclasses.replace(sight, **part)
     rule = routing and Routing(
       routing.top_k, arrays["means"], moving["q_means"], order
     )
@@ -116,8 +121,12 @@ def attend(
   def local(moving, arrays, tables):
     by_chunk = moving["q"].shape
     moving = jax.tree.map(flat, moving)
-    arrays = arrays | {name: flat(arrays[name]) for name in ("k", "v")}
-    if context == 1:
+    keys = {name: arrays[name] for name in ("k", "v")}
+    if gather:
+      whole = lambda x: jax.lax.all_gather(x, "context", axis=2, tiled=True)
+      keys = jax.tree.map(whole, keys)
+    arrays = arrays | jax.tree.map(flat, keys)
+    if context == 1 or gather:
       out, lse = share(moving, arrays, tables)
     else:
       out, lse = _ring(share, context, moving, arrays, tables)

@@ -29,8 +29,6 @@ class Problem:
     pairs: chunk pairs that attention needs, of a static mask without routing.
     sink_queries: whether sink keys are met by queries of their own.
     capability: CUDA compute capability of the GPU, where it is known.
-    merged: whether this is a part that training merges with others, by a
-      gradient through the lse.
   """
 
   platform: str
@@ -48,7 +46,6 @@ class Problem:
   pairs: int = 0
   sink_queries: bool = False
   capability: float | None = None
-  merged: bool = False
 
 
 def describe(

@@ -36,7 +36,7 @@ def meshes(
       "--meshes needs 2 devices and more; on a CPU give --devices 8"
     )
   plain = (len(devices), 1, 1, 1)
-  _check(config, devices, plain)
+  Program(config, parallel.make_mesh(devices, plain)).check()
   found = {f"data {len(devices)}": plain}
   for place, axis in enumerate(_OTHERS):
     for size in range(len(devices), 1, -1):
@@ -46,21 +46,12 @@ def meshes(
       others[place] = size
       shape = (len(devices) // size, *others)
       try:
-        _check(config, devices, shape)
+        Program(config, parallel.make_mesh(devices, shape)).check()
       except UserError:
         continue
       found[f"{axis} {size}"] = shape
       break
   return found
-
-
-def _check(config: ConfigDict, devices: Sequence[Any], shape) -> None:
-  mesh = parallel.make_mesh(devices, shape)
-  accumulation = config.optimizer.accumulation
-  parallel.check_batch(config.data.batch_size, accumulation, mesh)
-  program = Program(config, mesh)
-  program.check()
-  _ = program.shardings
 
 
 def measure(

@@ -94,6 +94,8 @@ def write(study: Study, files: Files, out: str | Path = "") -> Path:
       section, charts[f"{name}_{study.analysis}.png"] = analyses.ANALYSES[
         study.analysis
       ].write([one["values"] for one in analysed.values()], failed)
+      seeds = ", ".join(map(str, sorted(analysed)))
+      section = f"What follows was measured on seeds {seeds}.\n\n{section}"
     drawn = {file: png for file, png in charts.items() if png}
     report |= drawn
     report[f"{name}.json"] = _json(study, found, analysed)

@@ -103,14 +103,11 @@ def train(
   """
   workdir = Path(workdir)
   config_lib.check(config)
-  parallel.check_batch(
-    config.data.batch_size, config.optimizer.accumulation, mesh
-  )
+  program = (VAEProgram if "vae" in config else Program)(config, mesh)
+  program.check()
   data = config_lib.typed(pipeline.DataConfig, config.data)
   checkpoints = checkpoint.Checkpoints(workdir, config.log.keep)
   try:
-    program = (VAEProgram if "vae" in config else Program)(config, mesh)
-    program.check()
     step = checkpoints.latest()
     record = None if step is None else checkpoints.record(step)
     _claim(workdir, config, record)

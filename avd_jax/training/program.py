@@ -102,9 +102,12 @@ class Program:
     """Refuses what this mesh's devices cannot compute, before they try.
 
     Raises:
-      UserError: a mesh that does not cut the model evenly, or an attention
-        implementation that cannot do this model.
+      UserError: a mesh that does not cut batch, tokens, heads or weights
+        evenly, or an attention implementation that cannot do this model.
     """
+    parallel.check_batch(
+      self.config.data.batch_size, self.config.optimizer.accumulation, self.mesh
+    )
     model, x = self.model, self.batch.x
     rows, columns = model.grid(*x.shape[2:4])
     tokens = model.chunk_frames * rows * columns
@@ -118,6 +121,7 @@ class Program:
       dtype=model.dtype,
       place=self.mesh,
     )
+    _ = self.shardings
 
   @functools.cached_property
   def batch(self) -> Batch:
@@ -234,9 +238,6 @@ class Program:
 
   def _compile(self, stage: ConfigDict) -> Step:
     optimizer = self.config.optimizer
-    parallel.check_batch(
-      self.config.data.batch_size, optimizer.accumulation, self.mesh
-    )
     step = make_step(
       self._loss(stage),
       optim.make(optimizer),

@@ -65,7 +65,10 @@ class VAEProgram:
     return self
 
   def check(self) -> None:
-    """Nothing that the config's check leaves open."""
+    """Refuses a batch that the mesh does not divide. Raises UserError."""
+    parallel.check_batch(
+      self.config.data.batch_size, self.config.optimizer.accumulation, self.mesh
+    )
 
   def schedule(self, name: str, local: int) -> Schedule:
     """What the host decides of a stage's step."""

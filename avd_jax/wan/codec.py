@@ -6,7 +6,6 @@ way, and are told apart from those of other weights by name.
 
 import functools
 import hashlib
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from jaxtyping import Float
 
 from avd_jax.data import latent_store, video
 from avd_jax.errors import UserError
-from avd_jax.models import umt5, vae
-from avd_jax.models.umt5 import UMT5Config
+from avd_jax.models import vae
 from avd_jax.models.vae import VAEConfig
 from avd_jax.typing import Params
-from avd_jax.wan import importing, tokenizer
+from avd_jax.wan import importing
+from avd_jax.wan.prompting import TextEncoder
 
 TEXT_LENGTH = 512  # tokens; Wan pads its prompts to this
 _PATCH = 2  # latents along height, and width, that the transformer joins
@@ -46,6 +45,7 @@ class Encoder:
 
   def __init__(self, checkpoint: str | Path):
     self._checkpoint = checkpoint
+    self._text = TextEncoder(checkpoint, TEXT_LENGTH)
 
   def load(self) -> None:
     """Loads both networks now.
@@ -53,19 +53,11 @@ class Encoder:
     Where several processes work together, all must, at the same point: whoever
     opens saved weights waits until the others do.
     """
-    _ = self._vae, self._text
+    _ = self._vae, self._text.weights
 
   @functools.cached_property
   def _vae(self) -> tuple[VAEConfig, Params]:
     return importing.load_vae(self._checkpoint)
-
-  @functools.cached_property
-  def _text(self) -> tuple[UMT5Config, Params]:
-    return importing.load_text_encoder(self._checkpoint)
-
-  @functools.cached_property
-  def _tokenizer(self) -> tokenizer.Tokenizer:
-    return tokenizer.load(self._checkpoint)
 
   @functools.cached_property
   def _encode_video(self):
@@ -74,10 +66,6 @@ class Encoder:
   @functools.cached_property
   def _decode_video(self):
     return jax.jit(functools.partial(vae.decode, self._vae[0]))
-
-  @functools.cached_property
-  def _encode_text(self):
-    return jax.jit(umt5.encode, static_argnums=1)
 
   def shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
     """Latents [f h w c] of a clip.
@@ -111,12 +99,12 @@ class Encoder:
   @property
   def text_encoder(self) -> str:
     """Name of the embeddings, by the weights that make them."""
-    return f"umt5-{_digest(*self._text)}"
+    return f"umt5-{_digest(*self._text.weights)}"
 
   @property
   def text_dim(self) -> int:
     """Width of an embedding."""
-    return self._text[0].dim
+    return self._text.weights[0].dim
 
   def encode(
     self, pixels: Float[np.ndarray, "b F H W 3"]
@@ -141,15 +129,7 @@ class Encoder:
 
   def text(self, caption: str) -> tuple[np.ndarray, int]:
     """(embedding [tokens d] bfloat16 up to the prompt's end, tokens cut)."""
-    prompt = tokenizer.clean(caption)
-    cut = max(0, len(self._tokenizer.ids(prompt)) - TEXT_LENGTH)
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore")  # what was cut is counted and listed
-      ids, lengths = self._tokenizer.encode([prompt], TEXT_LENGTH)
-    cfg, params = self._text
-    out = self._encode_text(params, cfg, ids, lengths)[0]
-    text = np.asarray(out).astype(latent_store.DTYPE)
-    return text[: lengths[0]], cut
+    return self._text(caption)
 
 
 def _digest(cfg: Any, params: Params) -> str:

@@ -5,6 +5,7 @@ before a long run is encoded first, and the encoder let go.
 """
 
 import functools
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +13,11 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from avd_jax.data import latent_store
 from avd_jax.errors import UserError
 from avd_jax.models import umt5
+from avd_jax.models.umt5 import UMT5Config
+from avd_jax.typing import Params
 from avd_jax.wan import importing, tokenizer
 
 
@@ -40,6 +44,45 @@ def check(checkpoint: str | Path, prompts: Sequence[str], length: int) -> None:
       )
 
 
+class TextEncoder:
+  """umT5 of a checkpoint: captions of a store and a sampler's prompts alike.
+
+  Weights and tokenizer are loaded when first needed, and stay until this object
+  is let go.
+
+  Args:
+    checkpoint: what `importing.run` wrote.
+    length: tokens that a prompt may have, its end among them.
+  """
+
+  def __init__(self, checkpoint: str | Path, length: int):
+    self._checkpoint, self._length = checkpoint, length
+
+  @functools.cached_property
+  def weights(self) -> tuple[UMT5Config, Params]:
+    """(sizes, parameters)."""
+    return importing.load_text_encoder(self._checkpoint)
+
+  @functools.cached_property
+  def _tokenizer(self) -> tokenizer.Tokenizer:
+    return tokenizer.load(self._checkpoint)
+
+  @functools.cached_property
+  def _encode(self):
+    return jax.jit(umt5.encode, static_argnums=1)
+
+  def __call__(self, prompt: str) -> tuple[np.ndarray, int]:
+    """(embedding [tokens d] bfloat16 up to the prompt's end, tokens cut)."""
+    prompt = tokenizer.clean(prompt)
+    cut = max(0, len(self._tokenizer.ids(prompt)) - self._length)
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # what was cut is told to the caller
+      ids, lengths = self._tokenizer.encode([prompt], self._length)
+    cfg, params = self.weights
+    out = np.asarray(self._encode(params, cfg, ids, lengths)[0])
+    return out.astype(latent_store.DTYPE)[: lengths[0]], cut
+
+
 def embed(
   checkpoint: str | Path, prompts: Sequence[str], length: int
 ) -> Float[np.ndarray, "n m d"]:
@@ -48,13 +91,9 @@ def embed(
   Args and errors as `check`; there a prompt that is too long is refused, here
   its end is cut.
   """
-  cfg, params = importing.load_text_encoder(checkpoint)
-  tokens = tokenizer.load(checkpoint)
-  encode = jax.jit(umt5.encode, static_argnums=1)
-
-  @functools.cache
-  def one(prompt: str) -> np.ndarray:
-    ids, lengths = tokens.encode([tokenizer.clean(prompt)], length)
-    return np.asarray(encode(params, cfg, ids, lengths)[0], np.float32)
-
-  return np.stack([one(prompt) for prompt in prompts])
+  encoder = TextEncoder(checkpoint, length)
+  found = {prompt: encoder(prompt)[0] for prompt in prompts}
+  out = np.zeros((len(prompts), length, encoder.weights[0].dim), np.float32)
+  for row, prompt in zip(out, prompts, strict=True):
+    row[: len(found[prompt])] = found[prompt]
+  return out

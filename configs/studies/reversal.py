@@ -93,7 +93,8 @@ def get_study():
       " after two (0.5 % before), ink in 5 and 8 % (0.4 % before), and even the"
       " ball, whose law holds both ways, in 16 and 18 % (10 % before). Where"
       " the network hears captions, which BAgger rewrites, the glass keeps its"
-      " law (0.6 and 0.4 %) at 1 to 3 dB of PSNR; in none of these worlds did"
+      " law (0.6 and 0.4 %), at 1 to 3 dB of PSNR and 3 to 5 times the error"
+      " of its level; in none of these worlds did"
       " BAgger lower the drift of a model that had seen clean context."
     ),
   )

@@ -39,8 +39,9 @@ class SightMask(splash_masks._ComputableMask):
   Args:
     shape: padded (queries, keys).
     rows: for each row of queries, its bounds (e, lo, hi, one) in chunks: it
-      sees columns below e, columns lo to hi, and column `one`.
-    tokens: of a chunk.
+      sees columns below e, columns lo to hi, and `parts` columns from `one`.
+    tokens: of a row, and of a column.
+    parts: columns of a chunk.
   """
 
   def __init__(
@@ -48,9 +49,11 @@ class SightMask(splash_masks._ComputableMask):
     shape: tuple[int, int],
     rows: tuple[tuple[int, int, int, int], ...],
     tokens: int,
+    parts: int = 1,
   ):
-    self.key = (shape, rows, tokens)
+    self.key = (shape, rows, tokens, parts)
     self.rows, self.tokens = np.asarray(rows, np.int64), tokens
+    self.chunk = parts * tokens
     super().__init__(shape, self._seen)
     # Padding queries see what the last row sees; padding keys nobody does.
     last = len(rows) - 1
@@ -61,14 +64,16 @@ class SightMask(splash_masks._ComputableMask):
     bounds = self.rows * tokens
     zero = np.zeros_like(bounds[:, 0])
     self.starts = np.stack([zero, bounds[:, 1], bounds[:, 3]], 1)
-    self.ends = np.stack([bounds[:, 0], bounds[:, 2], bounds[:, 3] + tokens], 1)
+    self.ends = np.stack(
+      [bounds[:, 0], bounds[:, 2], bounds[:, 3] + self.chunk], 1
+    )
     self.middle = bool((self.rows[:, 2] > self.rows[:, 1]).any())
 
   def _seen(self, code, key):
     """Whether a query with this code sees the key; arrays broadcast."""
     bound = lambda i: ((code >> (BITS * i)) & MOST) * self.tokens
     one = bound(3)
-    seen = (key < bound(0)) | ((key >= one) & (key < one + self.tokens))
+    seen = (key < bound(0)) | ((key >= one) & (key < one + self.chunk))
     if self.middle:
       seen |= (key >= bound(1)) & (key < bound(2))
     return seen
@@ -148,7 +153,9 @@ def attend(
   lengths = q.shape[1], k.shape[1]
   blocks = tuple(min(block, _whole(n, LANES)) for n in lengths)
   padded = tuple(map(_whole, lengths, blocks))
-  kernel = _kernels(padded, blocks, rows, sight.tokens, q.shape[2], interpret)
+  kernel = _kernels(
+    padded, blocks, rows, sight.tokens, sight.parts, q.shape[2], interpret
+  )
 
   def lay(x, length):
     x = jnp.pad(x, [(0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)])
@@ -172,8 +179,6 @@ def refuses(problem: Problem) -> str | None:
       "splash needs a mask that is known while tracing, not a chunk against a"
       " KV cache"
     )
-  if problem.merged:
-    return "splash has no gradient through its lse, which mesh.context needs"
   if problem.sink_queries:
     return (
       "splash has one set of queries: sinks (model.attention.sink) cannot have"
@@ -185,7 +190,10 @@ def refuses(problem: Problem) -> str | None:
       f" {problem.runs}"
     )
   if problem.columns > MOST:
-    return f"splash takes at most {MOST} chunks of keys, not {problem.columns}"
+    return (
+      f"splash takes at most {MOST} columns of keys (chunks x mesh.context),"
+      f" not {problem.columns}"
+    )
   if problem.head_dim % HALF:
     return (
       f"splash needs a head_dim that is a multiple of {HALF}, not"
@@ -209,20 +217,22 @@ def _bounds(sight: Sight, row: int) -> tuple[int, int, int, int]:
   end = runs.pop(0)[1] if runs[0][0] == 0 else 0
   # One run may be any range; the other must be a single chunk.
   runs.sort(key=lambda run: run[1] - run[0])
-  single = runs.pop(0)[0] if runs and runs[0][1] - runs[0][0] == 1 else own
+  alone = runs and runs[0][1] - runs[0][0] == sight.parts
+  single = runs.pop(0)[0] if alone else own
   if len(runs) > 1 or sight.sees.shape[1] > MOST:
     raise UserError(
       f"splash takes rows that see the first chunks, one range and one chunk"
-      f" more, of at most {MOST}: row {row} sees {sight.runs(row)}"
+      f" more, of at most {MOST} columns: row {row} sees {sight.runs(row)}"
     )
   lo, hi = runs[0] if runs else (0, 0)
   return end, lo, hi, single
 
 
 @functools.lru_cache(32)
-def _kernels(padded, blocks, rows, tokens, heads, interpret):
+def _kernels(padded, blocks, rows, tokens, parts, heads, interpret):
   """(kernel, the kernel that gives the lse too), their tables as numpy."""
-  mask = splash_masks.MultiHeadMask([SightMask(padded, rows, tokens)] * heads)
+  mask = SightMask(padded, rows, tokens, parts)
+  mask = splash_masks.MultiHeadMask([mask] * heads)
   q, kv = blocks
   sizes = kernels.BlockSizes(
     block_q=q,
