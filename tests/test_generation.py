@@ -290,13 +290,13 @@ def test_wan_extends_a_video_under_two_prompts(
     seen.append(frames)
     assert readable(out) >= file.frames - 1
 
-  def freed(*args):
+  def freed(*args, **options):
     kinds = {(x.shape, str(x.dtype)) for x in jax.live_arrays()}
     assert ((tiny_wan.TEXT.vocab_size, 32), "bfloat16") not in kinds
-    return load(*args)
+    return load(*args, **options)
 
   monkeypatch.setattr(video_stream.VideoWriter, "write", watched)
-  monkeypatch.setattr(generation.sampler_lib, "load", freed)
+  monkeypatch.setattr(generation.loading, "load", freed)
   said = ("--prompt", "a red boat", "--prompt", "a storm@1s")
   said += ("--negative-prompt", "blurred", "--seed", 3)
   given = ("--video", source, "--given", 13, "--frames", 30)
@@ -342,6 +342,31 @@ def test_wan_goes_on_from_an_image_in_a_run_on_latents(
   np.testing.assert_array_equal(*films)
 
 
+def test_several_devices_make_the_same_video(wan_ckpt, tmp_path, monkeypatch):
+  """A chunk's tokens cut in two, and heads: two given chunks, one made."""
+  clip, load, meshes = tmp_path / "a.mkv", generation.loading.load, []
+  video.write_video(clip, film(21), 16)
+
+  def seen(workdir, mesh):
+    sampler = load(workdir, mesh=mesh)
+    meshes.append(jax.tree.leaves(sampler.params)[0].sharding.device_set)
+    return sampler
+
+  monkeypatch.setattr(generation.loading, "load", seen)
+  words = ("--workdir", wan_ckpt, "--prompt", "a", "--video", clip, *SIZE)
+  words += ("--given", "21", "--frames", "33", "--config.model.dtype=float32")
+  mesh = ("--config.mesh.context=2", "--config.mesh.tensor=2")
+  first, second = tmp_path / "one.mkv", tmp_path / "four.mkv"
+  assert not sample(*words, "--out", first)
+  assert not sample(*words, "--out", second, *mesh)
+  assert [len(devices) for devices in meshes] == [1, 4]
+  one, four = (
+    video.read_clip(path, 0, 33).astype(int) for path in (first, second)
+  )
+  assert one[21:].std() > 5
+  assert np.abs(one - four).max() <= 1
+
+
 def test_what_generation_refuses(wan_ckpt, on_latents, tmp_path, capsys):
   image, clip = tmp_path / "a.png", tmp_path / "a.mkv"
   Image.fromarray(film(1)[0]).save(image)
@@ -380,6 +405,9 @@ def test_what_generation_refuses(wan_ckpt, on_latents, tmp_path, capsys):
     ((*ours, "--out", tmp_path / "file" / "x.mp4"), "Not a directory"),
     ((*ours, "--out", tmp_path / "x.avi"), "x.avi: give one of"),
     ((*ours, *whole, "--config.sampling.recompute=2"), "2 given chunks fill"),
+    ((*ours, "--config.mesh.context=4"), "18 tokens of a chunk are not"),
+    ((*ours, "--config.mesh.tensor=16"), "does not fit 8 devices"),
+    ((*ours, "--config.mesh.fsdp=2"), "mesh.fsdp: cannot change"),
   ):
     out = () if "--out" in words else ("--out", tmp_path / "x.mp4")
     assert sample(*words, *out) == 2, words

@@ -1,11 +1,14 @@
 """The KV cache: a window is its ring, at any length."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avd_jax.ops import kv_cache
+from avd_jax.ops import attention, kv_cache
 
 CASES = [
   # chunks, window, sink, keep_all
@@ -113,3 +116,33 @@ def test_a_layout_s_sight_is_what_it_says(case):
       np.testing.assert_array_equal(
         held[chunk][filled], np.arange(layout.slots)[filled]
       )
+
+
+def test_solver_steps_copy_no_cache():
+  """Written in place, and read where it lies, however much room it has."""
+  layout, shape = kv_cache.Layout(40), (1, 8, 2, 16)
+  cache = kv_cache.init(2, layout.slots, shape, "float32")
+
+  def step(chunk, carry, _):
+    x, layers = carry
+    after = []
+    for k, v in layers:
+      k, v = (kv_cache.write(z, x, layout.slot(chunk)) for z in (k, v))
+      x, _ = attention.attend(
+        x, k, v, layout.sight(chunk, 8), implementation="xla"
+      )
+      after.append((k, v))
+    return (x, after), None
+
+  @functools.partial(jax.jit, donate_argnums=1)
+  def solve(x, layers, chunk):
+    return jax.lax.scan(functools.partial(step, chunk), (x, layers), length=3)[
+      0
+    ]
+
+  x = jax.ShapeDtypeStruct((1, 1, *shape[1:]), "float32")
+  layers = list(zip(cache.k, cache.v, strict=True))
+  text = solve.lower(x, layers, jnp.int32(3)).compile().as_text()
+  whole = r"f32\[1,(40,8|320),2,16\]\S* "
+  assert re.search(whole + "dynamic-update-slice|" + whole + "fusion", text)
+  assert not re.findall(rf"= {whole}copy\(.*", text)

@@ -18,6 +18,8 @@ from avd_jax.cli import main as cli
 from avd_jax.errors import UserError
 from avd_jax.models import denoiser
 from avd_jax.models.dit_config import DiTConfig
+from avd_jax.training import loop
+from avd_jax.training.program import Program
 from avd_jax.wan import (
   exporting,
   importing,
@@ -193,6 +195,24 @@ def test_files_are_read_straight_onto_a_mesh(wans):
   kernel = spread["blocks"]["q"]["kernel"]
   assert kernel.shape == (2, 256, 256)
   assert kernel.addressable_shards[0].data.shape == (2, 128, 128)
+
+
+def test_training_starts_straight_from_files(wans, restored):
+  """Each device reads its share, and what it starts with is what it reads."""
+  config, params = restored
+  config = config_lib.from_json(config_lib.to_json(config))
+  config.init_from = str(wans / "self-forcing")
+  program = Program(config, mesh())
+  start = loop.initial_weights(config, program)
+  equal(trees.flat(start), trees.flat(params))
+  wanted = jax.tree.map(lambda x: x.sharding, program.abstract_state().ema)
+  assert jax.tree.map(lambda x: x.sharding, start) == wanted
+  config.model.num_layers = 3
+  with pytest.raises(UserError, match=r"another model \(model.num_layers"):
+    loop.initial_weights(config, program)
+  config.init_from = str(wans / "original" / "Wan2.1_VAE.pth")
+  with pytest.raises(UserError, match=r"init_from: .*no dit there"):
+    loop.initial_weights(config, program)
 
 
 def test_a_part_of_a_leaf_is_a_part_of_it(wans):

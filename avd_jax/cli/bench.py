@@ -6,6 +6,7 @@
   avd bench attention --json attention.json
   avd bench attention --explain
   avd bench rollout --chunks 500 --plot rollout.png
+  avd bench sample --workdir ckpt --histories 1 5 20 --config.sampling.steps=4
 
 Contenders run in turn; ratios are medians over rounds.
 """
@@ -73,9 +74,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   rollout.add_argument("--json", help="file to write the numbers to")
   rollout.add_argument("--plot", help="PNG to draw")
 
+  sample = kinds.add_parser("sample", help="what a video costs, part by part")
+  add = sample.add_argument
+  add("--workdir", required=True, help="a run, or an imported checkpoint")
+  add("--wan", metavar="CKPT", help="VAE and text encoder of a run on latents")
+  add(
+    "--histories",
+    type=int,
+    nargs="+",
+    default=[1, 5, 20],
+    metavar="N",
+    help="chunks of history (default: 1 5 20)",
+  )
+  add("--rounds", type=int, default=5)
+  add("--window", type=int, default=5, help="chunks in a window's sight")
+  add("--top-k", type=int, default=5, help="chunks that a query chooses")
+  add("--height", type=int, help="of a frame (default: training's)")
+  add("--width", type=int, help="of a frame (default: training's)")
+  add("--json", help="file to write the numbers to")
+  add("--plot", help="PNG to draw")
+
 
 def run(args: argparse.Namespace) -> None:
-  {"step": _step, "attention": _attention, "rollout": _rollout}[args.what](args)
+  {
+    "step": _step,
+    "attention": _attention,
+    "rollout": _rollout,
+    "sample": _sample,
+  }[args.what](args)
 
 
 def _write(path: str | None, numbers: dict[str, Any]) -> None:
@@ -171,4 +197,23 @@ def _rollout(args: argparse.Namespace) -> None:
   _write(args.json, numbers)
   if args.plot:
     long_rollout.draw(args.plot, numbers, where)
+    print(f"wrote {args.plot}")
+
+
+def _sample(args: argparse.Namespace) -> None:
+  from avd_jax.cli import devices
+  from avd_jax.studies import sample_cost
+
+  devices.start()
+  where = devices.describe()
+  names = ("histories", "rounds", "window", "top_k", "height", "width", "wan")
+  given = {name: getattr(args, name) for name in names}
+  numbers = {"device": where} | sample_cost.measure(
+    args.workdir, args.overrides, **given
+  )
+  print(where)
+  print(sample_cost.table(numbers))
+  _write(args.json, numbers)
+  if args.plot:
+    sample_cost.draw(args.plot, numbers, where)
     print(f"wrote {args.plot}")

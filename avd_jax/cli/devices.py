@@ -14,6 +14,7 @@ AVD_TIMEOUT is how many seconds they wait for each other, 300 if not set.
 """
 
 import json
+import math
 import os
 import re
 import socket
@@ -209,6 +210,20 @@ def agree(config: ConfigDict) -> None:
       "all processes must run the same command, but these differ from process"
       f" 0 ({' | '.join(differing[:5])})"
     )
+
+
+def some(config: ConfigDict) -> Mesh | None:
+  """The config's mesh over the first devices of this process, as many as it
+  names; None where that is one.
+
+  Raises:
+    UserError: fewer devices than it names.
+  """
+  shape = [config.mesh[axis] for axis in parallel.AXES]
+  count = math.prod(shape)
+  if count == 1:
+    return None
+  return parallel.make_mesh(jax.local_devices()[:count], shape)
 
 
 def mesh(config: ConfigDict) -> Mesh:

@@ -6,7 +6,8 @@
 A workdir is a run, or what `avd import-wan` wrote; a run on latents needs --wan
 beside it. @5s: from the first chunk that begins then, or later. Without --video
 given frames are of a held-out video. --out may be .mp4 (plays while it grows),
-.gif, .webp or .mkv. --config.sampling.* and .model.attention.* may be changed.
+.gif, .webp or .mkv. --config.sampling.* and .model.attention.* may be changed;
+--config.mesh.tensor=8 (heads) or .context (tokens) use several devices.
 """
 
 import argparse
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
   request = _request(args)
   devices.start()
   plan = generation.plan(request)
+  mesh = devices.some(plan.config)
   written = 0
   # Not before there is something to show: what is wrong shows at once.
   with tqdm(desc="sample", total=plan.frames, unit="frame", delay=0.1) as bar:
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
       bar.update(count)
 
     try:
-      pace = generation.run(plan, show)
+      pace = generation.run(plan, show, mesh)
     except KeyboardInterrupt:
       if written:
         bar.close()

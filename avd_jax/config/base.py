@@ -95,7 +95,8 @@ def default() -> ConfigDict:
   return optional(
     dict(
       seed=0,
-      init_from="",  # workdir whose newest EMA weights training starts from
+      # Workdir whose newest EMA weights training starts from, or Wan's files.
+      init_from="",
       data=data,
       model=model,
       loss=dict(

@@ -1,9 +1,11 @@
-"""Charts of costs: of a long video, chunk by chunk; of a step, by devices."""
+"""Charts of costs: of a long video, chunk by chunk; of a chunk, by history and
+by part; of a step, by devices."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from avd_jax.evaluation.charts import LIGHT, Theme
@@ -27,30 +29,85 @@ def long_rollout(
   axes = figure.subplots(1, 2)
   panels = (("ms", "Time of a chunk (ms)"), ("memory_mb", "Memory held (MB)"))
   for ax, (field, label) in zip(axes, panels, strict=True):
-    ax.set_facecolor(theme.paper)
-    top = 1.05 * max(max(c[field]) for c in curves.values())
-    ends = _apart({n: c[field][-1] for n, c in curves.items()}, top / 14)
-    for (name, curve), color in zip(curves.items(), theme.lines, strict=False):
-      ax.plot(curve["chunk"], curve[field], color=color, lw=1.6)
-      ax.annotate(
-        name,
-        (curve["chunk"][-1], ends[name]),
-        (4, 0),
-        textcoords="offset points",
-        color=color,
-        va="center",
-        fontsize=8,
-      )
-    ax.set_ylim(0, max(top, *ends.values()))
-    ax.set_xlim(0, 1.45 * max(max(c["chunk"]) for c in curves.values()))
-    ax.set_xlabel("chunk of the video", color=theme.ink)
-    ax.set_title(label, color=theme.ink, fontsize=10, loc="left")
-    ax.grid(color=theme.faint, lw=0.5)
-    ax.tick_params(colors=theme.ink, labelsize=8)
-    ax.spines[["top", "right"]].set_visible(False)
+    lines = {name: (c["chunk"], c[field]) for name, c in curves.items()}
+    _lines(ax, lines, "chunk of the video", label, theme)
   figure.suptitle(title, color=theme.ink, fontsize=10, x=0.02, ha="left")
   figure.tight_layout()
   figure.savefig(path)
+
+
+def sampling(
+  path: str | Path,
+  rows: Sequence[Mapping[str, Any]],
+  title: str,
+  theme: Theme = LIGHT,
+) -> None:
+  """Time of a chunk and time to the first, over history; and whose it is.
+
+  Args:
+    path: PNG to write.
+    rows: "attention", "history", "chunk_ms", "first_ms"; where the text encoder
+      and the VAE take part "chunk_shares" and "first_shares", of which those of
+      the longest history are drawn. See studies.sample_cost.
+    title: what ran where.
+    theme: colours.
+  """
+  longest = max(row["history"] for row in rows)
+  shared = [
+    row for row in rows if row["history"] == longest and "chunk_shares" in row
+  ]
+  figure = Figure(
+    figsize=(13.5 if shared else 9, 3.6), dpi=150, facecolor=theme.paper
+  )
+  axes = figure.subplots(1, 3 if shared else 2)
+  panels = (
+    ("chunk_ms", "Time of a chunk (ms)"),
+    ("first_ms", "Time from given chunks to the first made (ms)"),
+  )
+  for ax, (field, label) in zip(axes, panels, strict=False):
+    lines: dict[str, tuple[list, list]] = {}
+    for row in rows:
+      x, y = lines.setdefault(row["attention"], ([], []))
+      x.append(row["history"])
+      y.append(row[field])
+    _lines(ax, lines, "chunks of history", label, theme, marker="o", ms=4)
+  if shared:
+    _shares(axes[2], shared, longest, theme)
+  figure.suptitle(title, color=theme.ink, fontsize=10, x=0.02, ha="left")
+  figure.tight_layout()
+  figure.savefig(path)
+
+
+def _shares(
+  ax: Axes, rows: Sequence[Mapping[str, Any]], history: int, theme: Theme
+) -> None:
+  """A bar a row for the first chunk, and one for a chunk of a long video."""
+  bars = {
+    f"{row['attention']}, {name}": row[f"{what}_shares"]
+    for what, name in (("first", "first"), ("chunk", "later"))
+    for row in rows
+  }
+  parts = (
+    ("text", "text encoder", theme.lines[3]),
+    ("vae", "VAE", theme.lines[4]),
+    ("dit", "transformer", theme.faint),
+  )
+  left = [0.0] * len(bars)
+  for part, name, color in parts:
+    wide = [100 * bar[part] for bar in bars.values()]
+    ax.barh(list(bars), wide, 0.7, left, color=color, label=name)
+    left = [a + b for a, b in zip(left, wide, strict=True)]
+  ax.invert_yaxis()
+  ax.set_xlim(0, 100)
+  _plain(ax, f"First and later chunk, {history} of history (%)", theme)
+  ax.legend(
+    loc="upper center",
+    bbox_to_anchor=(0.5, -0.1),
+    ncols=3,
+    fontsize=8,
+    frameon=False,
+    labelcolor=theme.ink,
+  )
 
 
 def weak_scaling(
@@ -100,6 +157,43 @@ def weak_scaling(
   ax.spines[["top", "right"]].set_visible(False)
   ax.legend(loc="lower left", fontsize=8, frameon=False, labelcolor=theme.ink)
   figure.savefig(path)
+
+
+def _lines(
+  ax: Axes,
+  lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+  across: str,
+  label: str,
+  theme: Theme,
+  **style: Any,
+) -> None:
+  """Lines (x, y) from 0 on that end in their names."""
+  top = 1.05 * max(max(y) for _, y in lines.values())
+  ends = _apart({name: y[-1] for name, (_, y) in lines.items()}, top / 14)
+  for (name, (x, y)), color in zip(lines.items(), theme.lines, strict=False):
+    ax.plot(x, y, color=color, lw=1.6, **style)
+    ax.annotate(
+      name,
+      (x[-1], ends[name]),
+      (6, 0),
+      textcoords="offset points",
+      color=color,
+      va="center",
+      fontsize=8,
+    )
+  ax.set_ylim(0, max(top, 1.04 * max(ends.values())))
+  ax.set_xlim(0, 1.45 * max(max(x) for x, _ in lines.values()))
+  ax.set_xlabel(across, color=theme.ink)
+  _plain(ax, label, theme)
+
+
+def _plain(ax: Axes, label: str, theme: Theme) -> None:
+  ax.set_facecolor(theme.paper)
+  ax.set_title(label, color=theme.ink, fontsize=10, loc="left")
+  ax.grid(color=theme.faint, lw=0.5)
+  ax.set_axisbelow(True)
+  ax.tick_params(colors=theme.ink, labelsize=8)
+  ax.spines[["top", "right"]].set_visible(False)
 
 
 def _apart(heights: Mapping[str, float], gap: float) -> dict[str, float]:

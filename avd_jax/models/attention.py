@@ -35,8 +35,6 @@ class AttentionConfig:
     descriptor: whose mean describes a chunk: "rotated" keys, those that
       attention meets, or "raw" ones, without position.
     implementation: see `ops.attention`; "auto" picks by platform and shape.
-      "splash" is for whole videos: what it cannot do, a chunk against the
-      cache, goes by "auto".
   """
 
   window: int | None = None
@@ -132,11 +130,8 @@ def check(
     kv_cache.layout(chunks, cfg.window, cfg.sink, keep_all)
     for keep_all in (False, True)
   ]
-  asked = [(parallel, cfg.implementation)]
-  asked += [
-    (layout.sight(jnp.int32(0), tokens), _for_cache(cfg)) for layout in caches
-  ]
-  for sight, implementation in asked:
+  sights = [layout.sight(jnp.int32(0), tokens) for layout in caches]
+  for sight in (parallel, *sights):
     rows, columns = sight.sees.shape
     problem = describe(
       attention.platform_of(place),
@@ -147,7 +142,7 @@ def check(
       bool(cfg.sink),
       attention.capability_of(place),
     )
-    attention.choose(problem, implementation)
+    attention.choose(problem, cfg.implementation)
 
 
 class Angles(NamedTuple):
@@ -262,10 +257,6 @@ def parallel(
   return out
 
 
-def _for_cache(cfg: AttentionConfig) -> str:
-  return "auto" if cfg.implementation == "splash" else cfg.implementation
-
-
 def cached(
   cfg: AttentionConfig,
   q: Float[Array, "b 1 s a d"],
@@ -294,7 +285,7 @@ def cached(
     layout.sight(chunk, q.shape[2]),
     routing=_routing(cfg, mean, q, order),
     q_sink=None if turns.sink is None else rope.rotate(q, turns.sink),
-    implementation=_for_cache(cfg),
+    implementation=cfg.implementation,
     place=place,
   )
   return out, layer

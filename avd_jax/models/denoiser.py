@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from avd_jax import parallel
@@ -144,10 +145,24 @@ def init(cfg: DiTConfig, key: Array, x, text) -> Params:
   return CausalDiT(cfg).init(key, x, t, text)["params"]
 
 
-def abstract_params(cfg: DiTConfig, x, text) -> Params:
-  """Shapes and types of the parameters, on one device, nothing allocated."""
+def abstract_params(
+  cfg: DiTConfig, x, text, mesh: Mesh | None = None
+) -> Params:
+  """Shapes and types of the parameters, nothing allocated; on one device, or
+  with their shardings over a mesh.
+
+  Raises:
+    UserError: a mesh that does not cut them evenly.
+  """
   boxed = jax.eval_shape(lambda key: init(cfg, key, x, text), jax.random.key(0))
-  return nn.meta.unbox(boxed)
+  whole = nn.meta.unbox(boxed)
+  if mesh is None:
+    return whole
+  return jax.tree.map(
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+    whole,
+    parallel.state_shardings(boxed, mesh),
+  )
 
 
 def forward_flops(

@@ -12,7 +12,7 @@ back in silence.
 | xla | per-chunk products, a loop over slots, grouped routing | anywhere |
 | cudnn | per-chunk calls of cuDNN's flash attention | GPU |
 | triton | our kernels: key ranges, routed tiles | GPU |
-| splash | JAX's splash attention, a mask computed inside | TPU |
+| splash | JAX's splash attention: a mask computed inside, or slots | TPU |
 | tpu | our routed kernel | TPU |
 """
 
@@ -183,8 +183,10 @@ def _preferences(problem: Problem) -> list[tuple[str, str]]:
   if problem.platform == "tpu":
     if routed:
       return [("tpu", "our kernel: queries grouped by the chunk they chose")]
+    skips = "skips blocks by a mask computed inside the kernel"
+    slots = "a kernel's call for each chunk of the cache that is seen"
     return [
-      ("splash", "skips blocks by a mask computed inside the kernel"),
+      ("splash", skips if problem.static else slots),
       ("tpu", "our kernel, every chunk in sight chosen"),
     ]
   if routed:

@@ -42,7 +42,7 @@ def attend(
     return per_chunk(q, k, v, sight, routing=routing, q_sink=q_sink)
   if routing is not None:
     return _gathered(q, k, v, sight, routing, q_sink)
-  return _over_slots(q, k, v, sight, q_sink)
+  return over_slots(q, k, v, sight, q_sink)
 
 
 def per_chunk(
@@ -118,8 +118,24 @@ def exact_gradient(fast: Callable, exact: Callable) -> Callable:
   return call
 
 
-def _over_slots(q, k, v, sight: Sight, q_sink) -> Out:
-  """The single row of a traced sight, slot after slot that it sees."""
+def over_slots(
+  q: Float[Array, "b q a d"],
+  k: Float[Array, "b k a d"],
+  v: Float[Array, "b k a d"],
+  sight: Sight,
+  q_sink: Float[Array, "b q a d"] | None = None,
+  product: Product = reference,
+) -> Out:
+  """The single row of a traced sight, slot after slot that it sees.
+
+  Args:
+    q: queries of a chunk.
+    k: keys, a chunk a slot.
+    v: values.
+    sight: traced.
+    q_sink: queries to the slots that are sinks.
+    product: (q, k, v) of one slot -> (out, lse); its gradient is not asked for.
+  """
 
   def exact(q, k, v, q_sink, sees):
     seen = Sight(sees, sight.own, sight.tokens, sight.history, sight.sink)
@@ -127,16 +143,17 @@ def _over_slots(q, k, v, sight: Sight, q_sink) -> Out:
 
   def fast(q, k, v, q_sink, sees):
     columns = jnp.argsort(~sees[0], stable=True)
+    # As the cache has them: flat, XLA would copy all of it before the loop.
+    by_slot = lambda x: x.reshape(len(x), -1, sight.tokens, *x.shape[2:])
+    keys, values = by_slot(k), by_slot(v)
 
     def step(i, carry):
       column = columns[i]
-      cut = lambda x: jax.lax.dynamic_slice_in_dim(
-        x, column * sight.tokens, sight.tokens, 1
-      )
+      cut = lambda x: jax.lax.dynamic_index_in_dim(x, column, 1, False)
       turned = q
       if q_sink is not None:
         turned = jnp.where(column < sight.sink, q_sink, q)
-      out, lse = reference(turned, cut(k), cut(v))
+      out, lse = product(turned, cut(keys), cut(values))
       return _fold(carry, out.astype(jnp.float32), lse)
 
     start = (jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], EMPTY))

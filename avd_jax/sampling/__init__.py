@@ -1,6 +1,7 @@
 """Sampling: videos of any length from a trained model, and into files."""
 
-from avd_jax.sampling.sampler import CHANGEABLE, Sampler, load, read_config
+from avd_jax.sampling.loading import CHANGEABLE, load, read_config
+from avd_jax.sampling.sampler import Sampler
 from avd_jax.sampling.texts import Texts
 
 __all__ = ["CHANGEABLE", "Sampler", "Texts", "load", "read_config"]

@@ -14,15 +14,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from avd_jax import config as config_lib
+from avd_jax import parallel
 from avd_jax.data import captions, pipeline, video, video_stream
 from avd_jax.errors import UserError
+from avd_jax.models.dit_config import DiTConfig
 from avd_jax.models.umt5 import UMT5Config
+from avd_jax.sampling import loading, spaces, streaming
 from avd_jax.sampling import prompts as prompts_lib
-from avd_jax.sampling import sampler as sampler_lib
-from avd_jax.sampling import spaces, streaming
 from avd_jax.sampling.prompts import Prompt
 from avd_jax.sampling.sampler import Sampler
 from avd_jax.sampling.texts import Texts
@@ -36,7 +38,7 @@ class Request:
   Attributes:
     workdir: a trained run, or an imported checkpoint.
     out: file to write.
-    overrides: `--config.field=value` arguments; see `sampler.load`.
+    overrides: `--config.field=value` arguments; see `loading.load`.
     prompts: what to show, and when; none at all is the given video's caption.
     negative: what not to show; guidance leads away from it.
     frames: length; or
@@ -118,7 +120,7 @@ def plan(request: Request) -> Plan:
     video_stream.check_writable(request.out)
   except UserError as error:
     raise UserError(f"--out {error}") from error
-  config = sampler_lib.read_config(
+  config = loading.read_config(
     request.workdir, request.overrides, request.frames or 0
   )
   if request.steps is not None:
@@ -296,23 +298,33 @@ def _embed(found: Plan) -> tuple[Texts, np.ndarray | None]:
 
 
 def run(
-  found: Plan, on_frames: Callable[[int], Any] = lambda count: None
+  found: Plan,
+  on_frames: Callable[[int], Any] = lambda count: None,
+  mesh: Mesh | None = None,
 ) -> streaming.Pace:
   """Makes the video of a plan and writes it as it is made.
 
   Args:
     found: what `plan` found.
     on_frames: hears of frames that were written.
+    mesh: what the transformer runs on (`mesh.context`, `mesh.tensor`); None,
+      and for the other models, is the default device.
 
   Returns:
     When frames came, counted from when all models were loaded.
 
   Raises:
-    UserError: a damaged checkpoint, or a file that cannot be written.
+    UserError: a mesh that does not cut the video's tokens or the model evenly,
+      a damaged checkpoint, or a file that cannot be written.
   """
+  if mesh is not None:
+    model = config_lib.typed(DiTConfig, found.config.model)
+    rows, columns = model.grid(*found.space.grid(*found.size))
+    tokens = model.chunk_frames * rows * columns
+    parallel.check_divides(mesh, tokens=tokens, heads=model.num_heads)
   texts, null = _embed(found)
   given = _encoded(found)
-  sampler = sampler_lib.load(found.request.workdir)
+  sampler = loading.load(found.request.workdir, mesh=mesh)
   sampler = dataclasses.replace(sampler, config=found.config, null_text=null)
   parts = _parts(found, sampler, given, texts)
   decode = found.space.decode(*found.size)
@@ -335,6 +347,7 @@ def _parts(
 ) -> Iterator[tuple[jax.Array, int]]:
   """(latents, chunks of them that were made) of the video, in order."""
   size, done = found.config.model.chunk_frames, 0
+  here = jax.numpy.zeros(()).sharding  # where they are decoded
   needed = found.space.cover(found.frames)
   for first in range(0, given.shape[1] - size + 1, size):
     yield jax.numpy.asarray(given[:, first : first + size]), 0
@@ -342,5 +355,5 @@ def _parts(
   seed = found.request.seed
   for made, _ in sampler.segments(given, texts, found.latents, seed):
     count = made.shape[1]
-    yield made[:, : needed - done], count // size
+    yield jax.device_put(made[:, : needed - done], here), count // size
     done += count

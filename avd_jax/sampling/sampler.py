@@ -13,7 +13,6 @@ would have been had the video been told that text from the start.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,9 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from avd_jax import checkpoint
 from avd_jax import config as config_lib
-from avd_jax.data.pipeline import DataConfig
 from avd_jax.diffusion import guidance, rollout, solvers
 from avd_jax.errors import UserError
 from avd_jax.models import denoiser as denoiser_lib
@@ -31,8 +28,6 @@ from avd_jax.models.dit_config import DiTConfig
 from avd_jax.sampling import texts as texts_lib
 from avd_jax.sampling.texts import Texts
 from avd_jax.typing import Denoiser, Params
-
-CHANGEABLE = (*config_lib.WEIGHTLESS, "sampling.", "evaluation.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,58 +384,3 @@ def _fold(key: jax.Array, index: jax.Array) -> jax.Array:
 def _context_keys(keys: jax.Array) -> jax.Array:
   """Another stream than the noise that chunks start from."""
   return jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
-
-
-def read_config(
-  workdir: str | Path, overrides: Sequence[str] = (), frames: int = 0
-) -> ConfigDict:
-  """The config that `load` would sample with; no weights are read.
-
-  Arguments and errors as `load`.
-  """
-  checkpoints, step = checkpoint.open_existing(workdir)
-  try:
-    return _config(checkpoints.record(step), overrides, frames)
-  finally:
-    checkpoints.close()
-
-
-def _config(record: Any, overrides: Sequence[str], frames: int) -> ConfigDict:
-  if "model" not in record["config"]:
-    raise UserError(
-      "this run trained a VAE, which makes no videos by itself; give one that"
-      " trained a model"
-    )
-  config = config_lib.from_json(record["config"])
-  config_lib.override(config, list(overrides), CHANGEABLE)
-  if overrides:
-    config_lib.check(config, frames, trains=False)
-  return config
-
-
-def load(
-  workdir: str | Path, overrides: Sequence[str] = (), frames: int = 0
-) -> Sampler:
-  """The newest EMA weights of a run, as a sampler.
-
-  Args:
-    workdir: the run's.
-    overrides: `--config.field=value` arguments for what weights do not depend
-      on: how attention sees the history, and how to sample and evaluate.
-    frames: of the videos to be made, where longer than the run's own.
-
-  Raises:
-    UserError: no such run, a torn checkpoint, or a field that may not change.
-  """
-  checkpoints, step = checkpoint.open_existing(workdir)
-  try:
-    config = _config(checkpoints.record(step), overrides, frames)
-    model = config_lib.typed(DiTConfig, config.model)
-    data = config_lib.typed(DataConfig, config.data)
-    shape = (1, model.chunk_frames, data.height, data.width, model.channels)
-    x = jax.ShapeDtypeStruct(shape, jnp.float32)
-    text = model.text_struct(1, data.text_length)
-    target = denoiser_lib.abstract_params(model, x, text)
-    return Sampler(config, checkpoints.restore(step, {"ema": target})["ema"])
-  finally:
-    checkpoints.close()

@@ -136,6 +136,10 @@ class Wan:
     self.side = self._cfg.spatial_factor * config.model.patch
 
   @functools.cached_property
+  def _encode(self) -> Any:
+    return jax.jit(functools.partial(vae.encode, self._cfg))
+
+  @functools.cached_property
   def _params(self) -> Any:
     return importing.load_vae(self._checkpoint)[1]
 
@@ -170,8 +174,7 @@ class Wan:
 
   def encode(self, clip: np.ndarray) -> np.ndarray:
     """As `Space`."""
-    encode = jax.jit(functools.partial(vae.encode, self._cfg))
-    return np.asarray(encode(self._params, video.to_float(clip)[None]))
+    return np.asarray(self._encode(self._params, video.to_float(clip)[None]))
 
   def decode(self, height: int, width: int) -> Decode:
     """As `Space`; a latent frame at a time, memory that of one."""

@@ -37,7 +37,7 @@ SHOWN = {
 }
 
 # The same for all rows of a study, or they could not be compared.
-_NOT_IN_ROWS = ("evaluation.",)
+_NOT_IN_ROWS = ("evaluation.", "mesh.context", "mesh.tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +98,7 @@ class Study:
     seeds: how many independent repetitions, 0, 1, ...
     plots: some of PLOTS.
     shown: what they show, some of SHOWN.
+    thirds: what is tabled by thirds of the rollout, some of SHOWN.
     analysis: something else to measure, of `analyses.ANALYSES`; "" is nothing.
   """
 
@@ -112,6 +113,7 @@ class Study:
   seeds: int = 3
   plots: tuple[str, ...] = PLOTS
   shown: tuple[str, ...] = ("failed", "background_error")
+  thirds: tuple[str, ...] = ()
   analysis: str = ""
 
   def branch(self, name: str) -> Branch:
@@ -213,6 +215,7 @@ def check(study: Study) -> None:
   for field, known in (
     ("plots", PLOTS),
     ("shown", SHOWN),
+    ("thirds", SHOWN),
     ("analysis", analyses.ANALYSES),
   ):
     value = getattr(study, field)

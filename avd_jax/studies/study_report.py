@@ -50,6 +50,7 @@ CONTENT = (
   Column("flicker.2", "flicker", 5, ratio=True),
 )
 PERCENT = ("failed", "violation")
+THIRDS = ((0, "first"), (1, "second"), (2, "last"))
 
 
 def value(summary: Mapping[str, Any], key: str) -> Any:
@@ -251,6 +252,15 @@ def _tables(study: Study, found: Mapping[str, Rows]) -> list[str]:
       for label, m in summaries.items()
     ]
     lines += _table(["row", *heads], body)
+  for name in study.thirds:
+    columns = [
+      Column(f"{name}.{i}", label, 1, name in PERCENT) for i, label in THIRDS
+    ]
+    body = [
+      [label, *(_cell(m, c) for c in columns)] for label, m in summaries.items()
+    ]
+    lines += [f"By thirds of the rollout: {study_lib.SHOWN[name]}.", ""]
+    lines += _table(["row", *(c.label for c in columns)], body)
   return lines + _compared(study, found, shown[0] + shown[1])
 
 

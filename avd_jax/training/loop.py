@@ -29,6 +29,7 @@ from avd_jax.training.program import Program
 from avd_jax.training.state import TrainState
 from avd_jax.training.vae import VAEProgram
 from avd_jax.typing import Params
+from avd_jax.wan import importing, sources
 
 AHEAD = 2  # steps that the host may be ahead of the device
 
@@ -160,33 +161,49 @@ def _claim(
 def initial_weights(
   config: ConfigDict, program: Program | VAEProgram
 ) -> Params | None:
-  """The EMA weights that `init_from` names, or None.
+  """The weights that `init_from` names, or None: the EMA of a run, or a
+  transformer in Wan's own files, read straight onto the mesh.
 
   Raises:
-    UserError: no such run, or a model of another shape.
+    UserError: nothing there to start from, or a model of another shape.
   """
-  if not config.init_from:
+  origin = config.init_from
+  if not origin:
     return None
-  try:
-    checkpoints, step = checkpoint.open_existing(config.init_from)
-  except UserError as error:
-    raise UserError(
-      f"init_from: {error}, or import into it (avd import-wan)"
-    ) from None
+  if "vae" not in config and sources.among(origin):
+    with _of_origin():
+      theirs = importing.config_of(origin)
+    _check_same(config, config_lib.to_json(theirs))
+    return importing.load_dit(origin, program.mesh)[1]
+  with _of_origin(", or give Wan's own files, or what avd import-wan made"):
+    checkpoints, step = checkpoint.open_existing(origin)
   with contextlib.closing(checkpoints):
-    what = "vae" if "vae" in config else "model"
-    theirs = checkpoints.record(step)["config"].get(what, {})
-    ours = config_lib.to_json(config)[what]
-    changed = config_lib.differences(
-      theirs, ours, f"{what}.", config_lib.WEIGHTLESS
-    )
-    if changed:
-      raise UserError(
-        f"init_from {config.init_from} holds another model"
-        f" ({'; '.join(changed[:5])})"
-      )
+    _check_same(config, checkpoints.record(step)["config"])
     target = program.abstract_state().ema
     return checkpoints.restore(step, {"ema": target})["ema"]
+
+
+@contextlib.contextmanager
+def _of_origin(hint: str = "") -> Iterator[None]:
+  """Says which setting led to an error, and what else could be given."""
+  try:
+    yield
+  except UserError as error:
+    raise UserError(f"init_from: {error}{hint}") from None
+
+
+def _check_same(config: ConfigDict, origin: dict[str, Any]) -> None:
+  """Refuses weights of another model; `origin` is the config they have."""
+  what = "vae" if "vae" in config else "model"
+  ours, theirs = config_lib.to_json(config)[what], origin.get(what, {})
+  changed = config_lib.differences(
+    theirs, ours, f"{what}.", config_lib.WEIGHTLESS
+  )
+  if changed:
+    raise UserError(
+      f"init_from {config.init_from} holds another model"
+      f" ({'; '.join(changed[:5])})"
+    )
 
 
 @dataclasses.dataclass

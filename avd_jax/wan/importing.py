@@ -279,6 +279,15 @@ def save_vae(workdir: str | Path, cfg: VAEConfig, params: Params) -> None:
   _save_beside(Path(workdir) / PLACES["vae"], cfg, parts)
 
 
+def config_of(source: str | Path) -> ConfigDict:
+  """The run's config of a transformer in Wan's own files.
+
+  Raises:
+    UserError: as `run`; no values are read.
+  """
+  return run_config(read(sources.find(source, "dit")[0])[0])
+
+
 def load_dit(
   source: str | Path, mesh: Mesh | None = None
 ) -> tuple[DiTConfig, Params]:

@@ -88,17 +88,28 @@ def find(source: str | Path, component: str | None = None) -> list[Source]:
   elif source.is_dir():
     found = _in_directory(source)
   else:
-    raise UserError(f"--source {source} does not exist")
+    raise UserError(f"{source} does not exist")
   there = ", ".join(f.component for f in found) or "nothing"
   if component is not None:
     found = [f for f in found if f.component == component]
   if not found:
     raise UserError(
-      f"--source {source}: no {component or 'Wan2.1 weights'} there (found:"
+      f"{source}: no {component or 'Wan2.1 weights'} there (found:"
       f" {there}); give the directory that was downloaded, original or"
       f" diffusers, or a file of {', '.join(readers.SUFFIXES)}"
     )
   return found
+
+
+def among(path: str | Path) -> bool:
+  """Whether files of the kinds that `find` reads lie at a path."""
+  path = Path(path)
+  if path.is_file():
+    return path.suffix in readers.SUFFIXES
+  patterns = [
+    f"{place}/*{end}" for place in _FOLDERS for end in readers.SUFFIXES
+  ]
+  return any(next(path.glob(pattern), None) for pattern in patterns)
 
 
 def tokenizer(source: str | Path) -> Path | None:

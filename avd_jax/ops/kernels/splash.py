@@ -1,11 +1,12 @@
-"""Dense attention on TPUs under a static mask: jax's splash attention.
+"""Dense attention on TPUs: jax's splash attention, under a mask of chunks.
 
 Splash visits only the blocks of logits in which something is seen, and asks a
 computable mask what, from a query's code and a key's index alone. A row of a
 `Sight` sees the first columns up to some column, one range more, and one
 column more (sinks, a window, its own chunk); those bounds are its code, eight
 bits each. Forward and backward are jax's own kernels, through its public
-interface, which has no gradient for the lse.
+interface, which has no gradient for the lse. Against a KV cache, whose mask is
+traced, it is called once for each slot that is seen, without a mask.
 """
 
 import functools
@@ -22,6 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jaxtyping import Array, Float
 
 from avd_jax.errors import UserError
+from avd_jax.ops import chunked
 from avd_jax.ops.masks import Sight
 from avd_jax.ops.problem import Problem
 from avd_jax.ops.reference import without_gradient
@@ -122,33 +124,38 @@ def attend(
 ) -> tuple[Float[Array, "b q a d"], Float[Array, "b q a"]]:
   """Attention of each query to all that its row sees.
 
+  Against a KV cache (a traced sight) its gradient is the reference's.
+
   Args:
     q: queries, whole chunks of them.
     k: keys, one column after the other.
     v: values.
-    sight: with tables known while tracing.
+    sight: which chunk sees which.
     routing: not taken.
-    q_sink: not taken.
+    q_sink: queries to sinks; only against a cache.
     block: most queries and keys of a block, a multiple of 128.
     interpret: run without a TPU, for tests.
 
   Returns:
-    (out, lse). The lse may be used, but not differentiated.
+    (out, lse). The lse of a pass over whole videos may be used, but not
+    differentiated.
 
   Raises:
     UserError: a mask this cannot express, a routing or a q_sink.
     NotImplementedError: a gradient through the lse.
   """
-  if routing is not None or (q_sink is not None and sight.sink):
+  sinks = sight.static and q_sink is not None and sight.sink
+  if routing is not None or sinks:
     raise UserError(
       "splash attends to all that a row sees, with one set of queries: it"
       " takes neither a routing nor queries for sinks"
     )
   if not sight.static:
-    raise UserError(
-      "splash needs a mask that is known while tracing: attention against a"
-      " KV cache has none"
+    whole = Sight(np.ones((1, 1), bool), np.zeros(1, int), sight.tokens, 0)
+    slot = functools.partial(
+      attend, sight=whole, block=block, interpret=interpret
     )
+    return chunked.over_slots(q, k, v, sight, q_sink, slot)
   rows = tuple(_bounds(sight, row) for row in range(len(sight.sees)))
   lengths = q.shape[1], k.shape[1]
   blocks = tuple(min(block, _whole(n, LANES)) for n in lengths)
@@ -174,12 +181,7 @@ def refuses(problem: Problem) -> str | None:
     return f"splash runs on TPUs only, not on {problem.platform}"
   if problem.top_k is not None:
     return "splash has no routing: set model.attention.routing_top_k to None"
-  if not problem.static:
-    return (
-      "splash needs a mask that is known while tracing, not a chunk against a"
-      " KV cache"
-    )
-  if problem.sink_queries:
+  if problem.sink_queries and problem.static:
     return (
       "splash has one set of queries: sinks (model.attention.sink) cannot have"
       " their own"
@@ -189,7 +191,7 @@ def refuses(problem: Problem) -> str | None:
       f"splash takes rows that see at most 3 ranges of chunks, not"
       f" {problem.runs}"
     )
-  if problem.columns > MOST:
+  if problem.columns > MOST and problem.static:
     return (
       f"splash takes at most {MOST} columns of keys (chunks x mesh.context),"
       f" not {problem.columns}"
