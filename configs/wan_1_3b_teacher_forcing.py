@@ -9,8 +9,8 @@ Source: Resampling Forcing's recipe, stage one: Wan's weights, a noise level for
 each chunk of 3 latent frames, no new parameter; 10,000 steps of teacher forcing
 on clips of 5 s (81 frames of 832x480 at 16 a second: 21 latent frames, 7
 chunks), batch 64, AdamW at 5e-5; sampling by Euler in 32 steps, shift 5,
-guidance 5. Starts from: `init_from`, what import-wan wrote. Expects:
-`data.path`, what avd encode wrote; 16 of its videos are held out.
+guidance 5. Starts from: `init_from`, Wan's own files or what import-wan wrote.
+Expects: `data.path`, what avd encode wrote; 16 of its videos are held out.
 
 Ours, since the paper does not say: levels uniform, then shifted by 5, as its
 sampler's are; betas and weight decay (PyTorch's defaults), clipping at 1; 100

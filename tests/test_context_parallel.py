@@ -167,7 +167,20 @@ def test_dense_kernels_take_a_part_of_each_chunk():
   mesh = parallel.make_mesh(jax.devices()[:2], (1, 1, 2, 1))
   for platform, name in (("tpu", "splash"), ("gpu", "cudnn")):
     problem = attention.describe(platform, q, q, sight)
-    part = attention._share(problem, mesh)
+    part = attention.share(problem, mesh)
     assert part.tokens == T // 2
     assert part.columns == 2 * problem.columns
     assert attention.choose(part).name == name
+
+
+def test_more_parts_are_not_more_chunks():
+  """Splash counts the chunks of keys, whoever holds a part of the queries."""
+  mask = masks.history_mask(2, None, 0)
+  long = masks.sight(mask, 40, 2, 8)
+  q = jax.ShapeDtypeStruct((B, 80 * 8, A, 64), jnp.bfloat16)
+  mesh = parallel.make_mesh(jax.devices(), (1, 1, 8, 1))
+  part = attention.share(attention.describe("tpu", q, q, long), mesh)
+  assert part.columns == 8 * 80 > splash.MOST
+  assert attention.choose(part).name == "splash"
+  whole = [splash._bounds(long, row) for row in range(80)]
+  assert [splash._bounds(long.cut(8), row) for row in range(80)] == whole

@@ -459,7 +459,7 @@ def test_a_device_s_share_decides_on_a_mesh():
   mesh = parallel.make_mesh(jax.devices(), (4, 1, 1, 2))
   big = dataclasses.replace(WAN, rows=14, columns=14, pairs=56, batch=32)
   assert attention.choose(big).name == "triton"
-  share = attention._share(big, mesh)
+  share = attention.share(big, mesh)
   assert (share.batch, share.heads) == (8, 6)
   assert attention.choose(share).name == "cudnn"
 

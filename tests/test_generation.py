@@ -344,12 +344,13 @@ def test_wan_goes_on_from_an_image_in_a_run_on_latents(
 
 def test_several_devices_make_the_same_video(wan_ckpt, tmp_path, monkeypatch):
   """A chunk's tokens cut in two, and heads: two given chunks, one made."""
-  clip, load, meshes = tmp_path / "a.mkv", generation.loading.load, []
+  clip, load, shares = tmp_path / "a.mkv", generation.loading.load, []
   video.write_video(clip, film(21), 16)
 
   def seen(workdir, mesh):
     sampler = load(workdir, mesh=mesh)
-    meshes.append(jax.tree.leaves(sampler.params)[0].sharding.device_set)
+    keys = sampler._empty((1, 3, 4, 6, 16), 3).kv.k[0]
+    shares.append(keys.sharding.shard_shape(keys.shape))
     return sampler
 
   monkeypatch.setattr(generation.loading, "load", seen)
@@ -359,7 +360,7 @@ def test_several_devices_make_the_same_video(wan_ckpt, tmp_path, monkeypatch):
   first, second = tmp_path / "one.mkv", tmp_path / "four.mkv"
   assert not sample(*words, "--out", first)
   assert not sample(*words, "--out", second, *mesh)
-  assert [len(devices) for devices in meshes] == [1, 4]
+  assert shares == [(2, 3, 18, 2, 128), (2, 3, 9, 1, 128)]  # guided
   one, four = (
     video.read_clip(path, 0, 33).astype(int) for path in (first, second)
   )
@@ -405,8 +406,9 @@ def test_what_generation_refuses(wan_ckpt, on_latents, tmp_path, capsys):
     ((*ours, "--out", tmp_path / "file" / "x.mp4"), "Not a directory"),
     ((*ours, "--out", tmp_path / "x.avi"), "x.avi: give one of"),
     ((*ours, *whole, "--config.sampling.recompute=2"), "2 given chunks fill"),
-    ((*ours, "--config.mesh.context=4"), "18 tokens of a chunk are not"),
+    ((*ours, *SIZE, "--config.mesh.context=4"), "18 tokens of a chunk are"),
     ((*ours, "--config.mesh.tensor=16"), "does not fit 8 devices"),
+    ((*ours, "--config.mesh.context=-1"), "mesh.context -1: say how many"),
     ((*ours, "--config.mesh.fsdp=2"), "mesh.fsdp: cannot change"),
   ):
     out = () if "--out" in words else ("--out", tmp_path / "x.mp4")

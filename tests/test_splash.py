@@ -35,7 +35,7 @@ SIGHTS = {
 def sight_mask(one, lengths):
   padded = tuple(-(-n // BLOCK) * BLOCK for n in lengths)
   rows = tuple(splash._bounds(one, row) for row in range(len(one.sees)))
-  return splash.SightMask(padded, rows, one.tokens)
+  return splash.SightMask(padded, rows, one.tokens, one.tokens)
 
 
 @pytest.mark.parametrize("name", SIGHTS)
@@ -109,24 +109,27 @@ def test_the_lse_has_no_gradient():
   jax.eval_shape(jax.grad(stopped), arrays)
 
 
-@pytest.mark.parametrize("sink", [0, 1])
-def test_against_a_cache_it_sees_slot_after_slot(sink):
-  """A ring that has wrapped, sinks met by queries of their own; gradients."""
-  layout = kv_cache.layout(6, 2, sink, keep_all=False)
+@pytest.mark.parametrize(
+  ("sink", "chunk", "keep_all"), [(0, 1, False), (1, 4, False), (1, 5, True)]
+)
+def test_against_a_cache_it_sees_slot_after_slot(sink, chunk, keep_all):
+  """Slots not yet filled, a ring that has wrapped, chunks out of a window's
+  sight; sinks met by queries of their own; gradients."""
+  layout = kv_cache.layout(6, 2, sink, keep_all)
   rng = np.random.default_rng(0)
   normal = lambda n: jnp.asarray(rng.normal(size=(2, n * 24, 2, 64)), "float32")
   arrays = normal(1), normal(layout.slots), normal(layout.slots), normal(1)
 
-  def value(call, arrays, chunk):
+  def value(call, arrays, now):
     q, k, v, far = arrays
-    one = layout.sight(chunk, 24)
+    one = layout.sight(now, 24)
     out, lse = call(q, k, v, one, q_sink=far if one.sink else None)
     return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse)), (out, lse)
 
   kernel = functools.partial(splash.attend, block=128, interpret=True)
   grade = lambda call: jax.jit(
     jax.value_and_grad(functools.partial(value, call), has_aux=True)
-  )(arrays, jnp.int32(4))
+  )(arrays, jnp.int32(chunk))
   close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4)
   jax.tree.map(close, grade(kernel), grade(masked.attend))
 

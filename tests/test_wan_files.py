@@ -197,7 +197,7 @@ def test_files_are_read_straight_onto_a_mesh(wans):
   assert kernel.addressable_shards[0].data.shape == (2, 128, 128)
 
 
-def test_training_starts_straight_from_files(wans, restored):
+def test_training_starts_straight_from_files(wans, imported, restored):
   """Each device reads its share, and what it starts with is what it reads."""
   config, params = restored
   config = config_lib.from_json(config_lib.to_json(config))
@@ -210,6 +210,13 @@ def test_training_starts_straight_from_files(wans, restored):
   config.model.num_layers = 3
   with pytest.raises(UserError, match=r"another model \(model.num_layers"):
     loop.initial_weights(config, program)
+  # A run is a run, whatever else lies there.
+  config.model.num_layers = 2
+  run, stray = imported / "self-forcing", imported / "self-forcing" / "x.pt"
+  stray.write_bytes(b"")
+  config.init_from = str(run)
+  equal(trees.flat(loop.initial_weights(config, program)), trees.flat(params))
+  stray.unlink()
   config.init_from = str(wans / "original" / "Wan2.1_VAE.pth")
   with pytest.raises(UserError, match=r"init_from: .*no dit there"):
     loop.initial_weights(config, program)

@@ -190,8 +190,8 @@ def guess_seconds(
 
   They say what to try first, no more.
   Weights are gathered over fsdp in every pass, gradients summed over data and
-  fsdp; two sums a layer over tensor; queries and what they found go round
-  context.
+  fsdp; two sums a layer over tensor; over context travel keys and values, or,
+  where history is routed, queries and what they found.
   """
   model, shape = _model(config), mesh.shape
   fsdp, data, tensor = shape["fsdp"], shape["data"], shape["tensor"]
@@ -206,5 +206,12 @@ def guess_seconds(
   sent += 2 * 4 * share / fsdp * (data - 1) / data
   row = tokens(config, name, mesh) * times * model.dim * model.num_layers
   sent += passes * row * 4 * 4 * (tensor - 1) / tensor
-  sent += passes * row * (size + 4) * (shape["context"] - 1) / tensor
+  routed = model.attention.routing_top_k is not None
+  sent += (
+    passes
+    * row
+    * (size + 4 if routed else 2 * size)
+    * (shape["context"] - 1)
+    / tensor
+  )
   return compute, sent / chip.ring

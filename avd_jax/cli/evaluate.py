@@ -9,7 +9,8 @@ workdir/evaluation. Worlds are compared with their known truth; real video
 with its own first frames.
 
 Fields that weights do not depend on may change: sampling.*, and what attention
-sees, --config.model.attention.routing_top_k=5 for one.
+sees, --config.model.attention.routing_top_k=5 for one. --config.mesh.tensor=2
+(heads) and .context (tokens) use several devices.
 """
 
 import argparse
@@ -36,7 +37,12 @@ def run(args: argparse.Namespace) -> None:
   from avd_jax.studies import rollouts
 
   devices.start()
-  sampler = sampling.load(args.workdir, args.overrides)
+  config = sampling.read_config(args.workdir, args.overrides)
+  mesh = devices.some(config)
+  if mesh is not None:
+    grid = config.data.height, config.data.width
+    sampling.check_mesh(config, grid, mesh)
+  sampler = sampling.load(args.workdir, args.overrides, mesh=mesh)
   config = sampler.config
   for name in ("videos", "frames", "given", "seed"):
     value = getattr(args, name)

@@ -142,7 +142,7 @@ def check(
       bool(cfg.sink),
       attention.capability_of(place),
     )
-    attention.choose(problem, cfg.implementation)
+    attention.choose(attention.share(problem, place), cfg.implementation)
 
 
 class Angles(NamedTuple):

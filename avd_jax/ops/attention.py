@@ -257,12 +257,10 @@ def attend(
     capability_of(place),
   )
   several = isinstance(place, Mesh) and place.size > 1
-  if several:
-    problem = _share(problem, place)
-  picked = choose(problem, implementation)
+  picked = choose(share(problem, place), implementation)
   if picked.slow:
     warnings.warn(f"attention falls back to {picked.reason}", stacklevel=2)
-  module = _module(problem, picked.name)
+  module = _module(share(problem, place), picked.name)
   if routing is None and module.__name__.endswith("_routed"):
     routing = routing_lib.everything(_flat(q), sight)
   opaque = picked.name in KERNELS or (
@@ -290,9 +288,11 @@ def _divides(place: Place, q: jax.Array, tokens: int) -> bool:
   return several and per_device.divides(place, len(q), tokens, q.shape[-2])
 
 
-def _share(problem: Problem, mesh: Mesh) -> Problem:
-  """A device's part of a problem."""
-  videos, context, heads = per_device.shards(mesh)
+def share(problem: Problem, place: Place) -> Problem:
+  """A device's part of a problem; all of it where there is no mesh."""
+  if not isinstance(place, Mesh) or place.size == 1:
+    return problem
+  videos, context, heads = per_device.shards(place)
   # Where `per_device.attend` gathers keys.
   gathered = context if problem.static and problem.top_k is None else 1
   return dataclasses.replace(
@@ -300,6 +300,7 @@ def _share(problem: Problem, mesh: Mesh) -> Problem:
     batch=max(1, problem.batch // videos),
     columns=problem.columns * gathered,
     pairs=problem.pairs * gathered,
+    parts=gathered,
     tokens=max(1, problem.tokens // context),
     heads=max(1, problem.heads // heads),
   )

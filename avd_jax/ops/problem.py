@@ -29,6 +29,7 @@ class Problem:
     pairs: chunk pairs that attention needs, of a static mask without routing.
     sink_queries: whether sink keys are met by queries of their own.
     capability: CUDA compute capability of the GPU, where it is known.
+    parts: columns of a chunk of keys; see `masks.Sight`.
   """
 
   platform: str
@@ -46,6 +47,7 @@ class Problem:
   pairs: int = 0
   sink_queries: bool = False
   capability: float | None = None
+  parts: int = 1
 
 
 def describe(

@@ -1,7 +1,19 @@
 """Sampling: videos of any length from a trained model, and into files."""
 
-from avd_jax.sampling.loading import CHANGEABLE, load, read_config
+from avd_jax.sampling.loading import (
+  CHANGEABLE,
+  check_mesh,
+  load,
+  read_config,
+)
 from avd_jax.sampling.sampler import Sampler
 from avd_jax.sampling.texts import Texts
 
-__all__ = ["CHANGEABLE", "Sampler", "Texts", "load", "read_config"]
+__all__ = [
+  "CHANGEABLE",
+  "Sampler",
+  "Texts",
+  "check_mesh",
+  "load",
+  "read_config",
+]

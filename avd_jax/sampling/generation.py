@@ -18,10 +18,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from avd_jax import config as config_lib
-from avd_jax import parallel
 from avd_jax.data import captions, pipeline, video, video_stream
 from avd_jax.errors import UserError
-from avd_jax.models.dit_config import DiTConfig
 from avd_jax.models.umt5 import UMT5Config
 from avd_jax.sampling import loading, spaces, streaming
 from avd_jax.sampling import prompts as prompts_lib
@@ -318,10 +316,7 @@ def run(
       a damaged checkpoint, or a file that cannot be written.
   """
   if mesh is not None:
-    model = config_lib.typed(DiTConfig, found.config.model)
-    rows, columns = model.grid(*found.space.grid(*found.size))
-    tokens = model.chunk_frames * rows * columns
-    parallel.check_divides(mesh, tokens=tokens, heads=model.num_heads)
+    loading.check_mesh(found.config, found.space.grid(*found.size), mesh)
   texts, null = _embed(found)
   given = _encoded(found)
   sampler = loading.load(found.request.workdir, mesh=mesh)

@@ -14,9 +14,11 @@ from avd_jax import checkpoint, parallel
 from avd_jax import config as config_lib
 from avd_jax.data.pipeline import DataConfig
 from avd_jax.errors import UserError
+from avd_jax.models import attention
 from avd_jax.models import denoiser as denoiser_lib
 from avd_jax.models.dit_config import DiTConfig
 from avd_jax.sampling.sampler import Sampler
+from avd_jax.typing import Params
 
 CHANGEABLE = (
   *config_lib.WEIGHTLESS,
@@ -51,9 +53,48 @@ def _config(record: Any, overrides: Sequence[str], frames: int) -> ConfigDict:
   config = config_lib.from_json(record["config"])
   config.mesh.update(dict.fromkeys(parallel.AXES, 1))  # not that of training
   config_lib.override(config, list(overrides), CHANGEABLE)
+  for axis, size in config.mesh.items():
+    if size < 1:
+      raise UserError(f"mesh.{axis} {size}: say how many devices, 1 or more")
   if overrides:
     config_lib.check(config, frames, trains=False)
   return config
+
+
+def check_mesh(config: ConfigDict, grid: tuple[int, int], mesh: Mesh) -> None:
+  """Refuses a mesh on which a run cannot be sampled; no weights are read.
+
+  Args:
+    config: as `read_config` gives it.
+    grid: height and width of a (latent) frame.
+    mesh: what to run on.
+
+  Raises:
+    UserError: what it does not cut evenly, or an attention implementation that
+      cannot do its part.
+  """
+  model = config_lib.typed(DiTConfig, config.model)
+  rows, columns = model.grid(*grid)
+  tokens = model.chunk_frames * rows * columns
+  parallel.check_divides(mesh, tokens=tokens, heads=model.num_heads)
+  _params(model, config_lib.typed(DataConfig, config.data), mesh)
+  attention.check(
+    model.attention,
+    chunks=config.evaluation.frames // model.chunk_frames,
+    tokens=tokens,
+    heads=model.num_heads,
+    head_dim=model.head_dim,
+    dtype=model.dtype,
+    place=mesh,
+  )
+
+
+def _params(model: DiTConfig, data: DataConfig, mesh: Mesh | None) -> Params:
+  """Shapes of the weights, and where they go."""
+  shape = (1, model.chunk_frames, data.height, data.width, model.channels)
+  x = jax.ShapeDtypeStruct(shape, jnp.float32)
+  text = model.text_struct(1, data.text_length)
+  return denoiser_lib.abstract_params(model, x, text, mesh)
 
 
 def load(
@@ -79,12 +120,14 @@ def load(
   checkpoints, step = checkpoint.open_existing(workdir)
   try:
     config = _config(checkpoints.record(step), overrides, frames)
+    if mesh is None and max(config.mesh.values()) > 1:
+      raise UserError(
+        "mesh.context and mesh.tensor: one device is used here, leave them at 1"
+        " (avd sample and avd evaluate use several)"
+      )
     model = config_lib.typed(DiTConfig, config.model)
     data = config_lib.typed(DataConfig, config.data)
-    shape = (1, model.chunk_frames, data.height, data.width, model.channels)
-    x = jax.ShapeDtypeStruct(shape, jnp.float32)
-    text = model.text_struct(1, data.text_length)
-    target = denoiser_lib.abstract_params(model, x, text, mesh)
+    target = _params(model, data, mesh)
     params = checkpoints.restore(step, {"ema": target})["ema"]
     make = functools.partial(denoiser_lib.make, place=mesh)
     return Sampler(config, params, make)

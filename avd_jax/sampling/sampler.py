@@ -79,6 +79,17 @@ class Sampler:
     return denoiser
 
   @functools.cached_property
+  def _empty(self):
+    """(shape of a chunk [b g h w c], chunks) -> an empty cache, of which each
+    device makes its own share."""
+
+    def empty(shape, chunks):
+      like = jax.ShapeDtypeStruct(shape, jnp.float32)
+      return self.denoiser().init_cache(like, chunks)
+
+    return jax.jit(empty, static_argnums=(0, 1))
+
+  @functools.cached_property
   def _prefill(self):
     """(params, chunk, text, cache, its place, told [b 1], null) -> cache."""
 
@@ -253,8 +264,7 @@ class Sampler:
   ) -> Any:
     """A cache that all past chunks of the video have gone through, one by one,
     under a text; a window's ring has kept the last of them."""
-    like = jax.ShapeDtypeStruct(shape, jnp.float32)
-    cache = self.denoiser().init_cache(like, room)
+    cache = self._empty(shape, room)
     for place, (x, level) in enumerate(past.chunks):
       told = jnp.full((shape[0], 1), level)
       cache = self._prefill(

@@ -170,12 +170,14 @@ def initial_weights(
   origin = config.init_from
   if not origin:
     return None
-  if "vae" not in config and sources.among(origin):
+  run = (Path(origin) / "checkpoints").is_dir()
+  if not run and "vae" not in config and sources.among(origin):
     with _of_origin():
       theirs = importing.config_of(origin)
     _check_same(config, config_lib.to_json(theirs))
     return importing.load_dit(origin, program.mesh)[1]
-  with _of_origin(", or give Wan's own files, or what avd import-wan made"):
+  hint = ", or give Wan's own files, or what avd import-wan made of them"
+  with _of_origin("" if "vae" in config else hint):
     checkpoints, step = checkpoint.open_existing(origin)
   with contextlib.closing(checkpoints):
     _check_same(config, checkpoints.record(step)["config"])

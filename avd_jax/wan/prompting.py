@@ -92,7 +92,7 @@ def embed(
   its end is cut.
   """
   encoder = TextEncoder(checkpoint, length)
-  found = {prompt: encoder(prompt)[0] for prompt in prompts}
+  found = {prompt: encoder(prompt)[0] for prompt in dict.fromkeys(prompts)}
   out = np.zeros((len(prompts), length, encoder.weights[0].dim), np.float32)
   for row, prompt in zip(out, prompts, strict=True):
     row[: len(found[prompt])] = found[prompt]

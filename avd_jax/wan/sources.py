@@ -88,7 +88,7 @@ def find(source: str | Path, component: str | None = None) -> list[Source]:
   elif source.is_dir():
     found = _in_directory(source)
   else:
-    raise UserError(f"{source} does not exist")
+    raise UserError(f"no Wan weights at {source}: it does not exist")
   there = ", ".join(f.component for f in found) or "nothing"
   if component is not None:
     found = [f for f in found if f.component == component]
@@ -136,8 +136,7 @@ def _in_directory(folder: Path) -> list[Source]:
     paths = sorted(folder.glob(pattern))
     if len(paths) > 1:
       raise UserError(
-        f"{folder} holds {len(paths)} files {pattern}: give one of them as"
-        " --source"
+        f"{folder} holds {len(paths)} files {pattern}: give one of them"
       )
     for path in paths:
       source = _classified(path, readers.read(path))

@@ -41,9 +41,9 @@ class SightMask(splash_masks._ComputableMask):
   Args:
     shape: padded (queries, keys).
     rows: for each row of queries, its bounds (e, lo, hi, one) in chunks: it
-      sees columns below e, columns lo to hi, and `parts` columns from `one`.
-    tokens: of a row, and of a column.
-    parts: columns of a chunk.
+      sees chunks below e, chunks lo to hi, and chunk `one`.
+    tokens: of a row.
+    chunk: tokens of a chunk of keys.
   """
 
   def __init__(
@@ -51,11 +51,10 @@ class SightMask(splash_masks._ComputableMask):
     shape: tuple[int, int],
     rows: tuple[tuple[int, int, int, int], ...],
     tokens: int,
-    parts: int = 1,
+    chunk: int,
   ):
-    self.key = (shape, rows, tokens, parts)
-    self.rows, self.tokens = np.asarray(rows, np.int64), tokens
-    self.chunk = parts * tokens
+    self.key = (shape, rows, tokens, chunk)
+    self.rows, self.chunk = np.asarray(rows, np.int64), chunk
     super().__init__(shape, self._seen)
     # Padding queries see what the last row sees; padding keys nobody does.
     last = len(rows) - 1
@@ -63,7 +62,7 @@ class SightMask(splash_masks._ComputableMask):
     shifts = BITS * np.arange(4)
     codes = (self.rows << shifts).sum(1).astype(np.uint32).view(np.int32)
     self.q_sequence = codes[self.row]
-    bounds = self.rows * tokens
+    bounds = self.rows * chunk
     zero = np.zeros_like(bounds[:, 0])
     self.starts = np.stack([zero, bounds[:, 1], bounds[:, 3]], 1)
     self.ends = np.stack(
@@ -73,7 +72,7 @@ class SightMask(splash_masks._ComputableMask):
 
   def _seen(self, code, key):
     """Whether a query with this code sees the key; arrays broadcast."""
-    bound = lambda i: ((code >> (BITS * i)) & MOST) * self.tokens
+    bound = lambda i: ((code >> (BITS * i)) & MOST) * self.chunk
     one = bound(3)
     seen = (key < bound(0)) | ((key >= one) & (key < one + self.chunk))
     if self.middle:
@@ -161,7 +160,12 @@ def attend(
   blocks = tuple(min(block, _whole(n, LANES)) for n in lengths)
   padded = tuple(map(_whole, lengths, blocks))
   kernel = _kernels(
-    padded, blocks, rows, sight.tokens, sight.parts, q.shape[2], interpret
+    padded,
+    blocks,
+    rows,
+    (sight.tokens, sight.tokens * sight.parts),
+    q.shape[2],
+    interpret,
   )
 
   def lay(x, length):
@@ -191,11 +195,9 @@ def refuses(problem: Problem) -> str | None:
       f"splash takes rows that see at most 3 ranges of chunks, not"
       f" {problem.runs}"
     )
-  if problem.columns > MOST and problem.static:
-    return (
-      f"splash takes at most {MOST} columns of keys (chunks x mesh.context),"
-      f" not {problem.columns}"
-    )
+  chunks = problem.columns // problem.parts
+  if chunks > MOST and problem.static:
+    return f"splash takes at most {MOST} chunks of keys, not {chunks}"
   if problem.head_dim % HALF:
     return (
       f"splash needs a head_dim that is a multiple of {HALF}, not"
@@ -214,26 +216,28 @@ def _whole(length: int, size: int) -> int:
 
 
 def _bounds(sight: Sight, row: int) -> tuple[int, int, int, int]:
-  """A row's runs as (e, lo, hi, one)."""
-  runs, own = sight.runs(row), int(sight.own[row])
+  """A row's runs as (e, lo, hi, one), in chunks, of which rows see all or
+  nothing."""
+  chunks = lambda column: int(column) // sight.parts
+  runs = [(chunks(a), chunks(b)) for a, b in sight.runs(row)]
+  own = chunks(sight.own[row])
   end = runs.pop(0)[1] if runs[0][0] == 0 else 0
   # One run may be any range; the other must be a single chunk.
   runs.sort(key=lambda run: run[1] - run[0])
-  alone = runs and runs[0][1] - runs[0][0] == sight.parts
-  single = runs.pop(0)[0] if alone else own
-  if len(runs) > 1 or sight.sees.shape[1] > MOST:
+  single = runs.pop(0)[0] if runs and runs[0][1] - runs[0][0] == 1 else own
+  if len(runs) > 1 or chunks(sight.sees.shape[1]) > MOST:
     raise UserError(
       f"splash takes rows that see the first chunks, one range and one chunk"
-      f" more, of at most {MOST} columns: row {row} sees {sight.runs(row)}"
+      f" more, of at most {MOST}: row {row} sees {sight.runs(row)}"
     )
   lo, hi = runs[0] if runs else (0, 0)
   return end, lo, hi, single
 
 
 @functools.lru_cache(32)
-def _kernels(padded, blocks, rows, tokens, parts, heads, interpret):
+def _kernels(padded, blocks, rows, tokens, heads, interpret):
   """(kernel, the kernel that gives the lse too), their tables as numpy."""
-  mask = SightMask(padded, rows, tokens, parts)
+  mask = SightMask(padded, rows, *tokens)
   mask = splash_masks.MultiHeadMask([mask] * heads)
   q, kv = blocks
   sizes = kernels.BlockSizes(
