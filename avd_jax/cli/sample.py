@@ -5,9 +5,8 @@
 
 A workdir is a run, or what `avd import-wan` wrote; a run on latents needs --wan
 beside it. @5s: from the first chunk that begins then, or later. Without --video
-given frames are of a held-out video. --out may be .mp4 (plays while it grows),
-.gif, .webp or .mkv. --config.sampling.* and .model.attention.* may be changed;
---config.mesh.tensor=2 (heads) or .context (tokens) use several devices.
+given frames are of a held-out video. --out: .mp4 (plays while it grows), .gif,
+.webp, .mkv. --config. sampling.*, model.attention.*, mesh.tensor, mesh.context.
 """
 
 import argparse
