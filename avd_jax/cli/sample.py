@@ -6,7 +6,7 @@
 A workdir is a run, or what `avd import-wan` wrote; a run on latents needs --wan
 beside it. @5s: from the first chunk that begins then, or later. Without --video
 given frames are of a held-out video. --out: .mp4 (plays while it grows), .gif,
-.webp, .mkv. --config. sampling.*, model.attention.*, mesh.tensor, mesh.context.
+.webp, .mkv. --config.X=V: sampling.*, model.attention.*, mesh.tensor, .context.
 """
 
 import argparse
