@@ -10,6 +10,7 @@ traced, it is called once for each slot that is seen, without a mask.
 """
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -257,12 +258,18 @@ def _kernels(padded, blocks, rows, tokens, heads, interpret):
     q_seq_shards=1,
     interpret=interpret,
   )
-  with jax.ensure_compile_time_eval():
+
+  def tables():
     pair = (
       make(block_sizes=sizes),
       make(block_sizes=forward, save_residuals=True),
     )
-  return _Kernels(*jax.tree.map(np.asarray, pair))
+    return jax.tree.map(np.asarray, pair)
+
+  # In a thread of its own nobody traces. `jax.ensure_compile_time_eval` is no
+  # help where a scan within a shard_map is linearized.
+  with ThreadPoolExecutor(1) as pool:
+    return _Kernels(*pool.submit(tables).result())
 
 
 class _Kernels:
