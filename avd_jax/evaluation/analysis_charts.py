@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from avd_jax.evaluation import study_chart
+from avd_jax.evaluation import charts, study_chart
 from avd_jax.evaluation.charts import LIGHT, Theme
 
 
@@ -47,13 +47,13 @@ def errors(
   colours = dict(zip(others, itertools.cycle(theme.lines), strict=False)) | {
     real: theme.ink
   }
-  _plain(grid[0], "Size of the error (RMS), by chunk made", theme)
+  charts.plain(grid[0], "Size of the error (RMS), by chunk made", theme)
   _lines(grid[0], rms, colours)
   grid[0].set_yscale("log")
-  _plain(grid[1], "Cosine with the rollout's error, by chunk made", theme)
+  charts.plain(grid[1], "Cosine with the rollout's error, by chunk made", theme)
   _lines(grid[1], {way: direction[way] for way in others}, colours)
   _lines(grid[1], {"by chance": chance}, {"by chance": theme.ink}, "--")
-  _plain(grid[2], "Share of the error's energy, by cycles a frame", theme)
+  charts.plain(grid[2], "Share of the error's energy, by cycles a frame", theme)
   width = 0.8 / max(1, len(bands))
   for i, (way, shares) in enumerate(bands.items()):
     x = np.arange(len(names)) + (i - len(bands) / 2 + 0.5) * width
@@ -89,7 +89,7 @@ def _heat(ax: Axes, loss: Mapping[str, Mapping[str, float]], theme: Theme):
   """Every model against every history: loss over that on the truth's."""
   models, kinds = list(loss), list(next(iter(loss.values())))
   table = np.array([[loss[m][k] for k in kinds] for m in models])
-  _plain(ax, "Flow loss of a model (row) under its own history", theme)
+  charts.plain(ax, "Flow loss of a model (row) under its own history", theme)
   ax.grid(False)
   ax.imshow(np.log(table), cmap="Blues", aspect="auto")
   ax.set_xticks(range(len(kinds)), kinds, rotation=20, ha="right")
@@ -128,7 +128,7 @@ def step_parts(
   place = np.arange(len(names))[::-1]
   history = np.array([parts[n]["history"] for n in names])
   rest = np.array([parts[n]["step"] for n in names]) - history
-  _plain(left, "A step's time, over the baseline's", theme)
+  charts.plain(left, "A step's time, over the baseline's", theme)
   left.barh(
     place,
     rest,
@@ -140,16 +140,8 @@ def step_parts(
   )
   left.set_yticks(place, [f"{n}  {i + 1}" for i, n in enumerate(names)])
   left.axvline(1.0, color=theme.ink, lw=0.8, ls=":")
-  # Below the axis: bars may be long anywhere.
-  left.legend(
-    loc="upper center",
-    bbox_to_anchor=(0.5, -0.06),
-    ncols=2,
-    fontsize=8,
-    frameon=False,
-    labelcolor=theme.ink,
-  )
-  _plain(right, words + ", against a step's time", theme)
+  charts.legend_below(left, 0.06, 2, theme)
+  charts.plain(right, words + ", against a step's time", theme)
   points = {
     i + 1: (parts[name]["step"], quality[name])
     for i, name in enumerate(names)
@@ -166,15 +158,6 @@ def step_parts(
   figure.canvas.draw()  # limits are final: pixels mean something
   study_chart.number(right, points, colours, theme.faint)
   return _png(figure)
-
-
-def _plain(ax: Axes, title: str, theme: Theme) -> None:
-  ax.set_facecolor(theme.paper)
-  ax.set_title(title, color=theme.ink, fontsize=9, loc="left")
-  ax.grid(color=theme.faint, lw=0.5)
-  ax.set_axisbelow(True)
-  ax.tick_params(which="both", colors=theme.ink, labelsize=8)
-  ax.spines[["top", "right"]].set_visible(False)
 
 
 def _png(figure: Any) -> bytes:

@@ -247,3 +247,26 @@ def _mark_frames(
         fontsize=9,
         alpha=0.8,
       )
+
+
+def plain(ax: Axes, title: str, theme: Theme) -> None:
+  """Axes with a title and a faint grid, and no frame."""
+  ax.set_facecolor(theme.paper)
+  ax.set_title(title, color=theme.ink, fontsize=9, loc="left")
+  ax.grid(color=theme.faint, lw=0.5)
+  ax.set_axisbelow(True)
+  ax.tick_params(which="both", colors=theme.ink, labelsize=8)
+  ax.spines[["top", "right"]].set_visible(False)
+
+
+def legend_below(ax: Axes, down: float, columns: int, theme: Theme) -> None:
+  """A legend under the axes, `down` of their height: bars may be long
+  anywhere."""
+  ax.legend(
+    loc="upper center",
+    bbox_to_anchor=(0.5, -down),
+    ncols=columns,
+    fontsize=8,
+    frameon=False,
+    labelcolor=theme.ink,
+  )

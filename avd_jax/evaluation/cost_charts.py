@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from avd_jax.evaluation import charts
 from avd_jax.evaluation.charts import LIGHT, Theme
 
 
@@ -99,15 +100,8 @@ def _shares(
     left = [a + b for a, b in zip(left, wide, strict=True)]
   ax.invert_yaxis()
   ax.set_xlim(0, 100)
-  _plain(ax, f"First and later chunk, {history} of history (%)", theme)
-  ax.legend(
-    loc="upper center",
-    bbox_to_anchor=(0.5, -0.1),
-    ncols=3,
-    fontsize=8,
-    frameon=False,
-    labelcolor=theme.ink,
-  )
+  charts.plain(ax, f"First and later chunk, {history} of history (%)", theme)
+  charts.legend_below(ax, 0.1, 3, theme)
 
 
 def weak_scaling(
@@ -184,16 +178,7 @@ def _lines(
   ax.set_ylim(0, max(top, 1.04 * max(ends.values())))
   ax.set_xlim(0, 1.45 * max(max(x) for x, _ in lines.values()))
   ax.set_xlabel(across, color=theme.ink)
-  _plain(ax, label, theme)
-
-
-def _plain(ax: Axes, label: str, theme: Theme) -> None:
-  ax.set_facecolor(theme.paper)
-  ax.set_title(label, color=theme.ink, fontsize=10, loc="left")
-  ax.grid(color=theme.faint, lw=0.5)
-  ax.set_axisbelow(True)
-  ax.tick_params(colors=theme.ink, labelsize=8)
-  ax.spines[["top", "right"]].set_visible(False)
+  charts.plain(ax, label, theme)
 
 
 def _apart(heights: Mapping[str, float], gap: float) -> dict[str, float]:
