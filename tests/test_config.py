@@ -248,6 +248,20 @@ STAGE = "stage.resampling_forcing"
     ("S.consistency.steps=1", "consistency: steps 1 must be at least 2"),
     ("S.consistency.shift=0.0", "shift 0.0"),
     ("S.consistency.min_t=0.0", "min_t 0.0 positive"),
+    ("S.dmd.steps=0", "dmd: steps 0 and critic_updates 5 must be at least 1"),
+    ("S.dmd.critic_learning_rate=0.0", "dmd: critic_learning_rate 0.0 must be"),
+    ("S.dmd.shift=-1.0", "dmd: shift -1.0 must be positive"),
+    ("S.dmd.least_level=0.99", "least_level 0.99 and most_level 0.98 must ris"),
+    ("S.objective=dmd", "S: objective 'dmd' makes its history itself"),
+    ("S.objective=dmd S.history=ground_truth S.degradation.detached=True",
+     "S: objective 'dmd' makes its history itself"),
+    ("S.objective=dmd S.history=ground_truth loss.history_dropout=0.1",
+     "S: objective 'dmd' keeps the history in a cache"),
+    ("S.objective=dmd S.history=ground_truth S.degradation.clean_prefix=99",
+     "99 given chunks of"),
+    ("S.objective=dmd S.history=ground_truth S.dmd.guidance=3.0"
+     " model.text=none",
+     "S.dmd.guidance 3.0 leads away from the null text"),
     # Sampling.
     ("sampling.history_level=0.0", "sampling.history_level 0.0 must be posit"),
     ("sampling.history_level=1.5", "sampling.history_level 1.5 is not in"),
@@ -277,6 +291,7 @@ def test_methods_that_go_together_are_allowed(file):
     " optimizer.accumulation=2",
     "S.history=ground_truth S.objective=diffusion_forcing",
     "S.objective=consistency loss.history_dropout=0.1",
+    "S.objective=dmd S.history=ground_truth S.dmd.guidance=3.0",
     "sampling.recompute=2 sampling.context_noise=0.1 sampling.context_told=0.2",
   ):
     arguments = [
@@ -355,3 +370,24 @@ def test_json_that_is_missing_or_damaged_is_named(tmp_path):
   path.write_text('{"seed": ')
   with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
     disk.read_json(path)
+
+
+def test_a_run_of_an_older_version_is_read_as_one_of_today(file):
+  """Fields that configs have learned since have the values they default to."""
+  config = config_lib.load(file(), [])
+  now = config_lib.to_json(config)
+  old = json.loads(json.dumps(now))
+  for stage in old["stage"].values():
+    del stage["dmd"]
+  del old["sampling"]["recompute"], old["bagger"]
+  old["model"]["attention"].pop("sink")
+  assert config_lib.complete(old) == now
+  config_lib.check(config_lib.from_json(config_lib.complete(old)))
+  # What it does not know stays, to be refused.
+  old["data"]["colour"] = "blue"
+  assert config_lib.complete(old)["data"]["colour"] == "blue"
+  vae = config_lib.to_json(config_lib.vae_default())
+  del vae["loss"]["kl"]
+  assert config_lib.complete(vae) == config_lib.to_json(
+    config_lib.vae_default()
+  )

@@ -138,7 +138,15 @@ def test_flops_of_a_step_follow_its_objective():
   assert needed("resampling_forcing") == 3 * (two - one) + made
   full = plan_work.step_flops(config, "resampling_forcing", 3)[0]
   assert full == size * (3 * two + made)
-  config.stage.teacher_forcing.objective = "diffusion_forcing"
+  stage = config.stage.teacher_forcing
+  stage.objective, stage.dmd.steps = "dmd", 2
+  # One chunk given, two made in 2 steps; a teacher, a critic and its updates.
+  made = forward(1, 1) + 3 * (forward(3, 1) - forward(1, 1))
+  learned = 3 * (two - one) + 5 * 3 * two
+  assert needed("teacher_forcing") == learned + 2 * two + made
+  stage.dmd.guidance = 3.0
+  assert needed("teacher_forcing") == learned + 3 * two + made
+  stage.objective = "diffusion_forcing"
   assert needed("teacher_forcing") == 3 * one
   config.model.remat = "block"
   done = lambda: plan_work.step_flops(config, "teacher_forcing")[1] / size

@@ -11,7 +11,7 @@ from test_training import Killed, at_batch, end, equal, mesh, rows, tiny
 
 from avd_jax import config as config_lib
 from avd_jax import parallel
-from avd_jax.algorithms import consistency, error_bank
+from avd_jax.algorithms import consistency, dmd, error_bank
 from avd_jax.data import pipeline
 from avd_jax.training import loop, optim
 from avd_jax.training.program import Program
@@ -40,8 +40,14 @@ BANK = small(
 )
 BANK.optimizer.accumulation = 2
 SHORT = small(objective="consistency", consistency=dict(steps=4))
+DISTILLED = small(objective="dmd", history="ground_truth", dmd=dict(steps=2))
 FULL = small(degradation=dict(detached=True, full_every=2))
-RUNS = {"bank": BANK, "consistency": SHORT, "full_every": FULL}
+RUNS = {
+  "bank": BANK,
+  "consistency": SHORT,
+  "dmd": DISTILLED,
+  "full_every": FULL,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,6 +102,20 @@ def test_a_killed_run_remembers(whole, tmp_path, programs, name):
   equal(state, final)
   assert rows(tmp_path) == rows(workdir)
   assert program.ran == ran
+
+
+def test_teacher_stays_and_critic_learns(whole, programs):
+  """And both begin a stage as the weights that it starts from."""
+  _, final, _ = whole("dmd")
+  program = programs(DISTILLED, mesh())
+  kernel = lambda tree: tree["patch_embedding"]["kernel"]
+  teacher, critic = (final.memory[name] for name in (dmd.TEACHER, dmd.CRITIC))
+  assert np.abs(kernel(critic.params) - kernel(teacher)).max() > 0
+  state = program.begin_stage(final, METHOD)
+  equal(state.memory[dmd.TEACHER], final.ema)
+  equal(state.memory[dmd.CRITIC].params, final.ema)
+  moments = jax.tree.leaves(state.memory[dmd.CRITIC].optimizer)
+  assert not any(map(np.any, moments))
 
 
 def test_a_row_may_span_methods_with_other_metrics(tmp_path):

@@ -78,7 +78,7 @@ class Degradation:
       raise UserError("degradation: full_every needs detached=True")
 
 
-def _clean_chunks(
+def clean_chunks(
   options: Degradation,
   key: Array,
   batch: int,
@@ -113,7 +113,7 @@ def draw(
   """
   key_level, key_noise, key_clean = jax.random.split(key, 3)
   b = x.shape[0]
-  clean = _clean_chunks(options, key_clean, b, chunks, context)
+  clean = clean_chunks(options, key_clean, b, chunks, context)
   clean = clean.at[:, -1].set(True)
   sample_level = flow_matching.logit_normal(options.shift)
   level = jnp.broadcast_to(sample_level(key_level, (b, 1)), (b, chunks))

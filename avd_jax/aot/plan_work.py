@@ -45,6 +45,8 @@ def _gradient_flops(config: ConfigDict, name: str, local: int) -> int:
   one, two = (_forward(config, frames, streams) for streams in (1, 2))
   if stage.objective == "diffusion_forcing":
     return one
+  if stage.objective == "dmd":
+    return two - one + stage.dmd.critic_updates * two
   return two - one if _detached(stage, local) else two
 
 
@@ -61,6 +63,8 @@ def _linear(config: ConfigDict, name: str, local: int) -> int:
 
 def _streams(stage: ConfigDict, local: int = 0) -> int:
   """Streams of tokens that gradients are taken of."""
+  if stage.objective == "dmd":
+    return 1 + 2 * stage.dmd.critic_updates
   one = stage.objective == "diffusion_forcing" or _detached(stage, local)
   return 1 if one else 2
 
@@ -70,14 +74,28 @@ def _other_flops(config: ConfigDict, name: str) -> int:
   stage, frames = config.stage[name], config.data.frames
   options, two = stage.degradation, _forward(config, frames, 2)
   flops = 2 * two if stage.objective == "consistency" else 0
+  if stage.objective == "dmd":
+    guided = stage.dmd.guidance != 1
+    chunks = frames // config.model.chunk_frames
+    flops += (2 + guided) * two
+    flops += _rollout_flops(config, stage, chunks, stage.dmd.steps)
   if stage.history == "parallel_resampled":
     flops += options.steps * two
   elif stage.history == "self_resampled":
     chunks = frames // config.model.chunk_frames
-    given = 0 if options.random_prefix else options.clean_prefix
-    for index in range(chunks - 1):
-      made = index >= min(given, chunks - 1)
-      flops += (1 + options.steps * made) * chunk_flops(config, index)
+    flops += _rollout_flops(config, stage, chunks - 1, options.steps)
+  return flops
+
+
+def _rollout_flops(
+  config: ConfigDict, stage: ConfigDict, chunks: int, steps: int
+) -> int:
+  """Of a video's first chunks, solved and taken into a cache."""
+  options, flops = stage.degradation, 0
+  given = 0 if options.random_prefix else options.clean_prefix
+  given = min(given, config.data.frames // config.model.chunk_frames - 1)
+  for index in range(chunks):
+    flops += (1 + steps * (index >= given)) * chunk_flops(config, index)
   return flops
 
 
@@ -129,7 +147,9 @@ def tokens(config: ConfigDict, name: str, mesh: Mesh) -> float:
   rows, columns = model.grid(data.height, data.width)
   videos, context, _ = _shards(mesh)
   batch = data.batch_size / config.optimizer.accumulation / videos
-  return batch * _streams(stage) * data.frames * rows * columns / context
+  # A critic's updates come one after another.
+  streams = min(_streams(stage), 2)
+  return batch * streams * data.frames * rows * columns / context
 
 
 def count(params: Any) -> int:

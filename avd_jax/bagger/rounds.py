@@ -122,7 +122,7 @@ def weights_before(workdir: Path, round: int) -> Path:
 def _claim(workdir: Path, config: ConfigDict, write: bool) -> None:
   path, values = workdir / "config.json", config_lib.to_json(config)
   if path.exists():
-    old = disk.read_json(path)
+    old = config_lib.complete(disk.read_json(path))
     changed = config_lib.differences(old, values, free=FREE)
     if changed:
       raise UserError(

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from avd_jax.algorithms.consistency import ConsistencyConfig
+from avd_jax.algorithms.dmd import DMDConfig
 from avd_jax.algorithms.error_bank import BankConfig
 from avd_jax.algorithms.histories import Degradation
 from avd_jax.data.pipeline import DataConfig
@@ -66,6 +67,7 @@ def stage(history: str, steps: int, **changes: Any) -> ConfigDict:
       degradation=dataclasses.asdict(Degradation()),
       bank=dataclasses.asdict(BankConfig()),  # of "error_bank"
       consistency=dataclasses.asdict(ConsistencyConfig()),
+      dmd=dataclasses.asdict(DMDConfig()),
     )
     | changes
   )
@@ -241,6 +243,27 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
     return tuple(tuples(v) for v in value) if isinstance(value, list) else value
 
   return optional(tuples(values))
+
+
+def complete(values: dict[str, Any]) -> dict[str, Any]:
+  """A run's config from disk, as a run made today would have it.
+
+  Fields that configs have learned since get their defaults: these leave things
+  as they were, or old runs could not be read.
+  """
+  vae = "vae" in values
+  like = to_json(vae_default() if vae else default())
+  one = to_json(vae_stage(1) if vae else stage("", 0))
+  like["stage"] = {name: one for name in values.get("stage", {})}
+
+  def fill(values, like):
+    both = lambda a, b: isinstance(a, dict) and isinstance(b, dict)
+    return like | {
+      name: fill(value, like[name]) if both(value, like.get(name)) else value
+      for name, value in values.items()
+    }
+
+  return fill(values, like)
 
 
 def differences(

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from avd_jax.algorithms.consistency import ConsistencyConfig
+from avd_jax.algorithms.dmd import DMDConfig
 from avd_jax.algorithms.error_bank import BankConfig
 from avd_jax.algorithms.histories import Degradation
 from avd_jax.config.base import default, stage, typed, vae_default
@@ -24,7 +25,7 @@ HISTORIES = (
   "self_resampled",
   "error_bank",
 )
-OBJECTIVES = ("flow_matching", "diffusion_forcing", "consistency")
+OBJECTIVES = ("flow_matching", "diffusion_forcing", "consistency", "dmd")
 
 AT_LEAST = {
   "seed": 0,
@@ -162,6 +163,7 @@ def _check_stage(name: str, section: ConfigDict, config: ConfigDict) -> None:
   options = typed(Degradation, section.degradation)
   bank = typed(BankConfig, section.bank)
   typed(ConsistencyConfig, section.consistency)
+  distilled = typed(DMDConfig, section.dmd)
   if section.steps < 1:
     raise UserError(f"{name}.steps {section.steps}: at least 1")
   for field in ("warmup_steps", "decay_steps", "learning_rate"):
@@ -174,6 +176,9 @@ def _check_stage(name: str, section: ConfigDict, config: ConfigDict) -> None:
         f" is its own noisy chunks: leave history at 'ground_truth', not"
         f" {section.history!r}"
       )
+    return
+  if section.objective == "dmd":
+    _check_dmd(name, section, distilled, config)
     return
   if options.detached and section.history != "self_resampled":
     raise UserError(
@@ -208,6 +213,33 @@ def _check_stage(name: str, section: ConfigDict, config: ConfigDict) -> None:
         f"{name}.bank.size {bank.size} is smaller than the {microbatch} errors"
         " that a batch adds (data.batch_size over optimizer.accumulation)"
       )
+
+
+def _check_dmd(
+  name: str, section: ConfigDict, options: DMDConfig, config: ConfigDict
+) -> None:
+  if section.history != "ground_truth" or section.degradation.detached:
+    raise UserError(
+      f"{name}: objective 'dmd' makes its history itself, by rolling out: leave"
+      " history at 'ground_truth' and degradation.detached at False"
+    )
+  if config.loss.history_dropout:
+    raise UserError(
+      f"{name}: objective 'dmd' keeps the history in a cache, where"
+      " loss.history_dropout cannot replace it: set it to 0"
+    )
+  chunks = config.data.frames // config.model.chunk_frames
+  prefix = max(section.degradation.clean_prefix, config.loss.skip_chunks)
+  if prefix >= chunks:
+    raise UserError(
+      f"{name}.degradation.clean_prefix and loss.skip_chunks: {prefix} given"
+      f" chunks of {chunks} leave objective 'dmd' nothing to make"
+    )
+  if options.guidance != 1 and config.model.text == "none":
+    raise UserError(
+      f"{name}.dmd.guidance {options.guidance} leads away from the null text,"
+      " and model.text is 'none'"
+    )
 
 
 def _check_banks(config: ConfigDict) -> None:

@@ -50,7 +50,7 @@ def _config(record: Any, overrides: Sequence[str], frames: int) -> ConfigDict:
       "this run trained a VAE, which makes no videos by itself; give one that"
       " trained a model"
     )
-  config = config_lib.from_json(record["config"])
+  config = config_lib.from_json(config_lib.complete(record["config"]))
   config.mesh.update(dict.fromkeys(parallel.AXES, 1))  # not that of training
   config_lib.override(config, list(overrides), CHANGEABLE)
   for axis, size in config.mesh.items():

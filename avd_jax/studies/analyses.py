@@ -60,6 +60,11 @@ def _mean(values: Sequence[Any]) -> Any:
   return float(np.mean(values))
 
 
+def _spread(values: Sequence[float]) -> str:
+  low, high = min(values), max(values)
+  return f"{np.mean(values):.2f} ({low:.2f} to {high:.2f})"
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
   lines.insert(1, "|" + " --- |" + " ---: |" * (len(head) - 1))
@@ -134,11 +139,12 @@ def _write_cost(
   values: Sequence[Values], failed: Mapping[str, float]
 ) -> tuple[str, bytes]:
   mean = _mean(values)
+  spread = lambda label, part: _spread([seed[label][part] for seed in values])
   rows = [
     (
       label,
-      f"{part['step']:.2f}",
-      f"{part['history']:.2f}",
+      spread(label, "step"),
+      spread(label, "history"),
       f"{100 * part['history'] / part['step']:.0f}",
     )
     for label, part in mean.items()
@@ -146,7 +152,7 @@ def _write_cost(
   head = ("strategy", "step", "history", "history's share (%)")
   text = (
     "Time of a step, and of making its history alone, over the baseline's"
-    f" step:\n\n{_table(head, rows)}"
+    f" step; mean (lowest to highest race):\n\n{_table(head, rows)}"
   )
   quality = {label: 100 * failed[label] for label in mean if label in failed}
   picture = analysis_charts.step_parts(

@@ -148,7 +148,8 @@ def _claim(
       f" --workdir, from them: --config.init_from={workdir}"
     )
   if record:
-    changed = config_lib.differences(record["config"], values)
+    old = config_lib.complete(record["config"])
+    changed = config_lib.differences(old, values)
     if changed:
       raise UserError(
         f"{workdir} was made with another config ({'; '.join(changed[:5])});"
@@ -197,7 +198,8 @@ def _of_origin(hint: str = "") -> Iterator[None]:
 def _check_same(config: ConfigDict, origin: dict[str, Any]) -> None:
   """Refuses weights of another model; `origin` is the config they have."""
   what = "vae" if "vae" in config else "model"
-  ours, theirs = config_lib.to_json(config)[what], origin.get(what, {})
+  ours = config_lib.to_json(config)[what]
+  theirs = config_lib.complete(origin)[what] if what in origin else {}
   changed = config_lib.differences(
     theirs, ours, f"{what}.", config_lib.WEIGHTLESS
   )

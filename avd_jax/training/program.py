@@ -17,6 +17,7 @@ from avd_jax import parallel
 from avd_jax.algorithms import (
   consistency,
   diffusion_forcing,
+  dmd,
   error_bank,
   flow_loss,
   histories,
@@ -154,6 +155,16 @@ class Program:
       return diffusion_forcing.diffusion_forcing(
         denoiser, levels, clean_context=config.clean_context, **shared
       )
+    if stage.objective == "dmd":
+      del shared["text_dropout"]  # a student is sampled without guidance
+      return dmd.dmd(
+        denoiser,
+        levels,
+        optim.make(self.config.optimizer),
+        typed(dmd.DMDConfig, stage.dmd),
+        typed(histories.Degradation, stage.degradation),
+        **shared,
+      )
     history = histories.with_dropout(
       self._history(stage, denoiser), config.history_dropout
     )
@@ -196,6 +207,8 @@ class Program:
       memory[error_bank.NAME] = error_bank.empty(bank, chunk)
     if stage.objective == "consistency":
       memory[consistency.NAME] = jax.tree.map(jnp.copy, params)
+    if stage.objective == "dmd":
+      memory |= dmd.memory(params, optim.make(self.config.optimizer))
     return memory
 
   def schedule(self, name: str, local: int) -> Schedule:
