@@ -94,7 +94,7 @@ def get_study():
       " are re-made: half of them, half the cost (.3). In later frames width"
       " counts, the wrong way: .9 dB in frame 8 at 160, .5 at 96. A wider"
       " network or a larger batch helps both methods: at width 160 4.3 % of"
-      " frames fail (teacher forcing 16.2), with batch 48 5.2 % (10.6), where 96"
-      " and 16 have 17.5 (32.7); at width 48 both fail (85 and 87)."
+      " frames fail (teacher forcing 16.2), with batch 48 5.2 % (10.6), where"
+      " 96 and 16 have 17.5 (32.7); at width 48 both fail (85 and 87)."
     ),
   )
