@@ -11,12 +11,15 @@ import pytest
 
 from avd_jax import config as base
 from avd_jax import parallel
+from avd_jax.algorithms import dmd
 from avd_jax.diffusion import rollout, solvers
 from avd_jax.models import denoiser
 from avd_jax.training.program import Program
 from avd_jax.typing import Batch, StepContext
 
-STAGES = ("teacher_forcing", "resampling", "detached", "diffusion_forcing")
+STAGES = (
+  "teacher_forcing", "resampling", "detached", "diffusion_forcing", "dmd"
+)  # fmt: skip
 ONE = (1, 1, 1, 1)
 AXES = ((4, 1, 1, 1), (1, 4, 1, 1), (1, 1, 4, 1), (1, 1, 1, 2))
 MIXED = ((2, 2, 2, 1), (1, 2, 2, 2))
@@ -42,7 +45,9 @@ def config_of(top_k=None, **changes):
     "diffusion_forcing": base.stage(
       "ground_truth", 1, objective="diffusion_forcing"
     ),
+    "dmd": base.stage("ground_truth", 1, objective="dmd"),
   }
+  config.stage.dmd.dmd.update(steps=2, critic_updates=1)
   config.stage.detached.degradation.detached = True
   config.stages = STAGES
   return config
@@ -84,7 +89,11 @@ def graded(config, shape):
 
   def all_of(params, batch):
     def one(name):
-      loss = lambda p: losses[name](p, batch, key, StepContext(params))[0]
+      memory = program.memory(name, params)
+      if dmd.TEACHER in memory:  # another network, or it would agree
+        memory[dmd.TEACHER] = jax.tree.map(lambda w: 1.1 * w, params)
+      context = StepContext(params, memory)
+      loss = lambda p: losses[name](p, batch, key, context)[0]
       return jax.value_and_grad(loss)(params)
 
     return {name: one(name) for name in losses}

@@ -4,10 +4,13 @@
 
 The resampling model of configs/studies/strategies.py goes on for 300 steps,
 either as before or with the consistency objective under the same histories
-(algorithms/consistency.py); no other model is involved. Both take as many
-steps, not as much time: a consistency step has two more forward passes. Both
-are then sampled with fewer and fewer solver steps. Hardware: 2 CPU cores.
-Expected: docs/evidence/few_step.md.
+(algorithms/consistency.py), where no other model is involved, or by DMD on its
+own rollouts as in Self Forcing (algorithms/dmd.py), where it is its own teacher
+and a critic learns beside it. All take as many steps, not as much time: over a
+resampling step a consistency step has two more forward passes, a step of DMD
+takes six times as long. Then all are sampled with fewer and fewer solver steps.
+DMD's learning rate was chosen on other videos, from one try. Hardware: 2 CPU
+cores. Expected: docs/evidence/few_step.md.
 """
 
 import runpy
@@ -25,6 +28,16 @@ def further(objective):
   stage = STRATEGIES["continued"]("self_resampled", objective)
   stage.update(steps=STEPS, learning_rate=1e-3, decay_steps=STEPS - 20)
   stage.consistency.update(steps=16)
+  return stage
+
+
+def distilled():
+  """DMD of 4 steps, given the first four frames as at test."""
+  stage = STRATEGIES["continued"](
+    "ground_truth", "dmd", clean_prefix=4, random_prefix=False
+  )
+  stage.update(steps=STEPS, learning_rate=3e-4, decay_steps=STEPS - 20)
+  stage.dmd.update(steps=4, critic_learning_rate=1e-3)
   return stage
 
 
@@ -54,11 +67,14 @@ def get_study():
       Branch("resampling", STRATEGIES["continued"]("self_resampled"), "warmup"),
       Branch("resampling_more", further("flow_matching"), "resampling"),
       Branch("consistency", further("consistency"), "resampling"),
+      Branch("dmd", distilled(), "resampling"),
     ),
     rows=(
       *rows("resampling", "resampling_more", "euler", (16, 8, 4, 2, 1)),
+      *rows("resampling, jumping", "resampling_more", "consistency", (4, 2)),
       *rows("consistency", "consistency", "consistency", (4, 2, 1)),
       *rows("consistency, Euler", "consistency", "euler", (4, 2)),
+      *rows("DMD", "dmd", "consistency", (4, 2, 1)),
     ),
     baseline="resampling, 16 steps",
     claims=(
