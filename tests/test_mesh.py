@@ -14,6 +14,7 @@ from avd_jax import parallel
 from avd_jax.algorithms import dmd
 from avd_jax.diffusion import rollout, solvers
 from avd_jax.models import denoiser
+from avd_jax.ops import attention
 from avd_jax.training.program import Program
 from avd_jax.typing import Batch, StepContext
 
@@ -172,6 +173,15 @@ def largest(text):
   return max(int(np.prod([int(n) for n in s.split(",")])) for s in shapes)
 
 
+def batch_like(program):
+  """Shapes of a batch, cut over the program's mesh."""
+  place = parallel.batch_sharding(program.mesh)
+  return jax.tree.map(
+    lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+    program.batch,
+  )
+
+
 @functools.cache
 def largest_of(shape):
   """Elements of the largest array in a device's program of a gradient."""
@@ -182,19 +192,13 @@ def largest_of(shape):
   mesh = mesh_of(shape)
   program = Program(config, mesh)
   state, loss = program.abstract_state(), program.loss("resampling")
-  place = parallel.batch_sharding(mesh)
-  batch = jax.tree.map(
-    lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
-    program.batch,
-  )
   key = jax.random.key(0)
   step = jax.jit(
     jax.grad(lambda p, b: loss(p, b, key, StepContext(p))[0]),
     out_shardings=program.shardings.params,
   )
-  text = step.lower(state.params, batch).compile().as_text()
-  shapes = re.findall(r"\b(?:f32|bf16|s32|u32)\[([\d,]+)\]", text)
-  return max(int(np.prod([int(n) for n in s.split(",")])) for s in shapes)
+  text = step.lower(state.params, batch_like(program)).compile().as_text()
+  return largest(text)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1, 1), (1, 1, 8, 1), (2, 2, 2, 1)])
@@ -209,3 +213,19 @@ def test_nothing_is_whole_on_every_device(shape):
   keys = videos * frames * (16 // config.model.patch) ** 2 * width
   seen = keys if shape[2] > 1 else 0
   assert largest_of(shape) <= max(largest_of(ONE) / 8 * 1.05, seen)
+
+
+def test_splash_lowers_where_nothing_is_recomputed(monkeypatch):
+  """Its tables are made while a scan within a shard_map is linearized: no
+  tracer may get into them."""
+  monkeypatch.setattr(attention, "platform_of", lambda place: "tpu")
+  config = config_of(dim=128, num_layers=2, remat="none")
+  config.model.attention.update(window=None, sink=0)
+  mesh = mesh_of((2, 1, 1, 1))
+  program = Program(config, mesh)
+  state, loss = program.abstract_state(), program.loss("teacher_forcing")
+  key = jax.random.key(0)
+  grad = jax.grad(lambda p, b: loss(p, b, key, StepContext(p))[0])
+  traced = jax.jit(grad).trace(state.params, batch_like(program))
+  text = traced.lower(lowering_platforms=("tpu",)).as_text()
+  assert "tpu_custom_call" in text
