@@ -1,15 +1,18 @@
 """The command line: what it says, what it refuses, and a whole run of it."""
 
+import functools
 import json
 import os
 import shutil
 import signal
 import sys
 
+import jax
 import numpy as np
 import programs
 import pytest
 
+from avd_jax import sampling
 from avd_jax.cli import main as cli
 from avd_jax.data import video
 
@@ -272,6 +275,30 @@ def test_a_trained_world_is_sampled_and_evaluated(trained, tmp_path):
   }  # fmt: skip
   assert set(json.loads((made / "drift.json").read_text())) == {"run"}
   assert video.probe(made / "comparison.mp4").frames == 7
+
+
+def test_several_devices_evaluate_alike(trained, tmp_path, monkeypatch, capsys):
+  """All numbers to 1e-5; what they do not cut evenly is refused at once."""
+  load, meshes = sampling.load, []
+
+  def seen(*args, mesh):
+    meshes.append(mesh and mesh.size)
+    return load(*args, mesh=mesh)
+
+  monkeypatch.setattr(sampling, "load", seen)
+  found = []
+  for name, change in (("one", []), ("two", ["--config.mesh.context=2"])):
+    out = tmp_path / name
+    command = ["evaluate", "--workdir", trained, "--out", out, *change]
+    assert not cli.main([str(word) for word in command])
+    found.append(json.loads((out / "drift.json").read_text())["run"])
+  assert meshes == [None, 2]
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+  jax.tree.map(close, *found)
+  change = ["--config.mesh.context=3"]
+  message = said(capsys, "evaluate", "--workdir", trained, *change)
+  assert "4 tokens of a chunk are not divisible by mesh.context = 3" in message
+  assert len(meshes) == 2
 
 
 def test_a_folder_of_videos_is_trained_sampled_and_evaluated(folder, tmp_path):
