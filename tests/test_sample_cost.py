@@ -57,6 +57,9 @@ def test_one_program_makes_chunks_after_any_history(tiny_run, monkeypatch):
     seen.append(samplers)
     return calls(samplers, grid, histories)
 
+  # One that does routed history only.
+  run = dict(routing_top_k=1, implementation="tpu")
+  sampling.read_config().model.attention.update(run)
   calls = sample_cost.videos
   monkeypatch.setattr(sample_cost, "videos", videos)
   numbers = sample_cost.measure(
@@ -70,6 +73,7 @@ def test_one_program_makes_chunks_after_any_history(tiny_run, monkeypatch):
   attention = [s.model.attention for s in samplers.values()]
   settings = [(a.window, a.sink, a.routing_top_k) for a in attention]
   assert settings == [(None, 0, None), (2, 0, None), (None, 0, 1)]
+  assert {a.implementation for a in attention} == {"auto"}
   # Pixels have neither VAE nor text encoder.
   assert set(numbers) == ASKED
   rows = numbers["rows"]
@@ -83,6 +87,7 @@ def test_one_program_makes_chunks_after_any_history(tiny_run, monkeypatch):
       assert row["chunk_over_dense"] == row["first_over_dense"] == 1
   shown = sample_cost.table(numbers)
   assert all(shown.count(f"  {kind}  ") == 3 for kind in KINDS)
+  assert "with model.attention.implementation auto" in shown
   assert "VAE" not in shown
 
 
@@ -169,6 +174,7 @@ def test_shares_are_those_of_rounds():
     (["--top-k", 0], "--top-k 0: at least 1"),
     (["--height", 40], "--height 40: give a multiple of 16"),
     (["--config.model.attention.window=3"], "give --window"),
+    (["--config.model.attention.implementation=xla"], "timed with auto"),
     (["--config.sampling.steps=0"], "sampling.steps 0: at least 1"),
     (["--config.sampling.recompute=9"], "20 given chunks fill"),
     (["--wan", "nowhere"], "nowhere has no vae"),
