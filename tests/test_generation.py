@@ -368,7 +368,10 @@ def test_several_devices_make_the_same_video(wan_ckpt, tmp_path, monkeypatch):
   assert np.abs(one - four).max() <= 1
 
 
-def test_what_generation_refuses(wan_ckpt, on_latents, tmp_path, capsys):
+def test_what_generation_refuses(
+  wan_ckpt, on_latents, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.delattr(generation, "_embed")  # nothing comes so far
   image, clip = tmp_path / "a.png", tmp_path / "a.mkv"
   Image.fromarray(film(1)[0]).save(image)
   video.write_video(clip, film(21), 16)
@@ -410,6 +413,7 @@ def test_what_generation_refuses(wan_ckpt, on_latents, tmp_path, capsys):
     ((*ours, "--config.mesh.tensor=16"), "does not fit 8 devices"),
     ((*ours, "--config.mesh.context=-1"), "mesh.context -1: say how many"),
     ((*ours, "--config.mesh.fsdp=2"), "mesh.fsdp: cannot change"),
+    ((*ours, "--config.model.attention.implementation=cudnn"), "'cudnn': it"),
   ):
     out = () if "--out" in words else ("--out", tmp_path / "x.mp4")
     assert sample(*words, *out) == 2, words

@@ -14,9 +14,11 @@ from avd_jax import checkpoint, parallel, sampling
 from avd_jax import config as config_lib
 from avd_jax.diffusion import solvers
 from avd_jax.errors import UserError
+from avd_jax.models import attention as model_attention
 from avd_jax.models import denoiser as denoiser_lib
 from avd_jax.models.dit_config import DiTConfig
 from avd_jax.ops import attention
+from avd_jax.ops.kernels import splash
 from avd_jax.training.program import Program
 
 CLOSE = functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-4)
@@ -352,3 +354,29 @@ def test_missing_runs_are_refused(tmp_path):
   (tmp_path / "checkpoints").mkdir()
   with pytest.raises(UserError, match="no whole checkpoint"):
     sampling.load(tmp_path)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_attention_cannot_do_is_refused_before_weights_are_read(
+  devices, monkeypatch
+):
+  """What the cache of this video asks for, no more: not what training does."""
+  mesh = parallel.make_mesh(jax.devices()[:2], (1, 1, 2, 1))
+  mesh = None if devices == 1 else mesh
+  config = tiny(dim=128, attention=dict(implementation="splash"))
+  with pytest.raises(UserError, match=r"'splash': .* TPUs only") as error:
+    sampling.check(config, (12, 12), 3, mesh)
+  assert "\n" not in str(error.value)
+  monkeypatch.setattr(attention, "platform_of", lambda place: "tpu")
+  long = splash.MOST + 1
+  sampling.check(config, (12, 12), long, mesh)
+  model = config_lib.typed(DiTConfig, config.model)
+  shape = dict(heads=2, head_dim=64, dtype="float32", tokens=4)
+  with pytest.raises(UserError, match=f"at most {splash.MOST} chunks"):
+    model_attention.check(model.attention, long, place=mesh, **shape)
+  # Where a query chooses all that it sees, nothing is routed.
+  see = dict(routing_top_k=3, implementation="tpu")
+  config = tiny(dim=256, attention=see)
+  sampling.check(config, (12, 12), 5, mesh)
+  with pytest.raises(UserError, match=r"'tpu': .* for routed history"):
+    sampling.check(config, (12, 12), 4, mesh)

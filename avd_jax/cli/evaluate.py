@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+  import dataclasses
   import json
   from pathlib import Path
 
@@ -38,18 +39,19 @@ def run(args: argparse.Namespace) -> None:
 
   devices.start()
   config = sampling.read_config(args.workdir, args.overrides)
-  mesh = devices.some(config)
-  if mesh is not None:
-    grid = config.data.height, config.data.width
-    sampling.check_mesh(config, grid, mesh)
-  sampler = sampling.load(args.workdir, args.overrides, mesh=mesh)
-  config = sampler.config
   for name in ("videos", "frames", "given", "seed"):
     value = getattr(args, name)
     if value is not None:
       config.evaluation[name] = value
   config_lib.check(config)
   prompts = rollouts.held_out(config)
+  mesh, chunk = devices.some(config), config.model.chunk_frames
+  lengths = config.evaluation.given // chunk, config.evaluation.frames // chunk
+  _, room = sampling.Sampler(config, None).room(*lengths)
+  grid = config.data.height, config.data.width
+  sampling.check(config, grid, room, mesh)
+  sampler = sampling.load(args.workdir, args.overrides, mesh=mesh)
+  sampler = dataclasses.replace(sampler, config=config)
   name = rollouts.label_of(args.workdir)
   video = rollouts.roll_out(sampler, prompts, name)
   metrics = rollouts.measure(video, prompts)

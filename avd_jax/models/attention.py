@@ -106,11 +106,13 @@ def check(
   head_dim: int,
   dtype: str,
   place: Place,
+  trains: bool = True,
 ) -> None:
   """Refuses an implementation that cannot do a model's attention.
 
   Both faces are asked about: videos of `chunks` chunks at once in two streams,
-  and a chunk of `tokens` tokens against a cache of them, ring or whole.
+  and a chunk of `tokens` tokens against a cache of them, ring or whole. Without
+  `trains` only what a sampler does: a chunk against its ring.
 
   Raises:
     UserError: naming the setting, the reason, and what could do it.
@@ -118,27 +120,25 @@ def check(
   shape = lambda n: jax.ShapeDtypeStruct(
     (1, n * tokens, heads, head_dim), dtype
   )
-  parallel = masks.sight(
-    masks.history_mask(2, cfg.window, cfg.sink),
-    chunks,
-    2,
-    tokens,
-    None,
-    cfg.sink,
-  )
   caches = [
     kv_cache.layout(chunks, cfg.window, cfg.sink, keep_all)
-    for keep_all in (False, True)
+    for keep_all in (False, True)[: 1 + trains]
   ]
   sights = [layout.sight(jnp.int32(0), tokens) for layout in caches]
-  for sight in (parallel, *sights):
+  if trains:
+    mask = masks.history_mask(2, cfg.window, cfg.sink)
+    sights.append(masks.sight(mask, chunks, 2, tokens, None, cfg.sink))
+  for sight in sights:
     rows, columns = sight.sees.shape
+    top_k = cfg.routing_top_k
+    if top_k and top_k >= routing_lib.most_candidates(sight):
+      top_k = None  # as in `attend`: then all in sight is chosen
     problem = describe(
       attention.platform_of(place),
       shape(rows),
       shape(columns),
       sight,
-      cfg.routing_top_k,
+      top_k,
       bool(cfg.sink),
       attention.capability_of(place),
     )

@@ -2,7 +2,7 @@
 
 from avd_jax.sampling.loading import (
   CHANGEABLE,
-  check_mesh,
+  check,
   load,
   read_config,
 )
@@ -13,7 +13,7 @@ __all__ = [
   "CHANGEABLE",
   "Sampler",
   "Texts",
-  "check_mesh",
+  "check",
   "load",
   "read_config",
 ]

@@ -106,6 +106,18 @@ class Plan:
     size = self.config.model.chunk_frames
     return -(-self.space.cover(self.frames) // size) * size
 
+  @property
+  def room(self) -> int:
+    """Chunks that a cache has room for.
+
+    Raises:
+      UserError: fewer than are given.
+    """
+    size, given = self.config.model.chunk_frames, len(self.clip)
+    done = self.space.cover(given) // size if given else 0
+    sampler = Sampler(self.config, None)
+    return sampler.room(done, self.latents // size, self.starts)[1]
+
 
 def plan(request: Request) -> Plan:
   """Finds out what a request comes to, or what is wrong with it.
@@ -161,8 +173,7 @@ def plan(request: Request) -> Plan:
     starts,
   )
   _check_texts(found)
-  given = space.cover(len(clip)) if len(clip) else 0
-  Sampler(config, None).room(given // chunk, found.latents // chunk, starts)
+  _ = found.room
   return found
 
 
@@ -313,10 +324,11 @@ def run(
 
   Raises:
     UserError: a mesh that does not cut the video's tokens or the model evenly,
-      a damaged checkpoint, or a file that cannot be written.
+      an attention implementation that cannot do its part, a damaged checkpoint,
+      or a file that cannot be written.
   """
-  if mesh is not None:
-    loading.check_mesh(found.config, found.space.grid(*found.size), mesh)
+  grid = found.space.grid(*found.size)
+  loading.check(found.config, grid, found.room, mesh)
   texts, null = _embed(found)
   given = _encoded(found)
   sampler = loading.load(found.request.workdir, mesh=mesh)

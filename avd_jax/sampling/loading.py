@@ -61,31 +61,36 @@ def _config(record: Any, overrides: Sequence[str], frames: int) -> ConfigDict:
   return config
 
 
-def check_mesh(config: ConfigDict, grid: tuple[int, int], mesh: Mesh) -> None:
-  """Refuses a mesh on which a run cannot be sampled; no weights are read.
+def check(
+  config: ConfigDict, grid: tuple[int, int], chunks: int, mesh: Mesh | None
+) -> None:
+  """Refuses what a run cannot be sampled with; no weights are read.
 
   Args:
     config: as `read_config` gives it.
     grid: height and width of a (latent) frame.
-    mesh: what to run on.
+    chunks: that a cache has room for; see `Sampler.room`.
+    mesh: what to run on; None is the default device.
 
   Raises:
-    UserError: what it does not cut evenly, or an attention implementation that
-      cannot do its part.
+    UserError: what the mesh does not cut evenly, or an attention implementation
+      that cannot do its part.
   """
   model = config_lib.typed(DiTConfig, config.model)
   rows, columns = model.grid(*grid)
   tokens = model.chunk_frames * rows * columns
-  parallel.check_divides(mesh, tokens=tokens, heads=model.num_heads)
-  _params(model, config_lib.typed(DataConfig, config.data), mesh)
+  if mesh is not None:
+    parallel.check_divides(mesh, tokens=tokens, heads=model.num_heads)
+    _params(model, config_lib.typed(DataConfig, config.data), mesh)
   attention.check(
     model.attention,
-    chunks=config.evaluation.frames // model.chunk_frames,
+    chunks=chunks,
     tokens=tokens,
     heads=model.num_heads,
     head_dim=model.head_dim,
     dtype=model.dtype,
     place=mesh,
+    trains=False,
   )
 
 
