@@ -109,6 +109,10 @@ def test_clips_are_what_vae_and_text_encoder_say(store, videos, wan_ckpt):
   found = [source[0]["text"], source[9]["text"], source.null_text]
   np.testing.assert_array_equal(found, np.asarray(wanted, np.float32))
   np.testing.assert_array_equal(found, prompting.embed(wan_ckpt, told, 512))
+  short, most = max(lengths) - 2, max(lengths)
+  cut = rf"it has {most} tokens, at most {short} fit: 2 would be cut"
+  with pytest.raises(UserError, match=cut):
+    prompting.embed(wan_ckpt, told, int(short))
   for text, length in zip(found, lengths, strict=True):
     assert np.abs(text[:length]).max(1).min() > 0
     assert not text[length:].any()

@@ -37,11 +37,15 @@ def check(checkpoint: str | Path, prompts: Sequence[str], length: int) -> None:
   tokens = tokenizer.load(checkpoint)
   for prompt in prompts:
     count = len(tokens.ids(tokenizer.clean(prompt)))
-    if count > length:
-      raise UserError(
-        f"prompt {prompt[:57]!r}...: it has {count} tokens, at most {length}"
-        " fit"
-      )
+    _check_cut(prompt, max(0, count - length), length)
+
+
+def _check_cut(prompt: str, cut: int, length: int) -> None:
+  if cut:
+    raise UserError(
+      f"prompt {prompt[:57]!r}...: it has {length + cut} tokens, at most"
+      f" {length} fit: {cut} would be cut"
+    )
 
 
 class TextEncoder:
@@ -88,11 +92,13 @@ def embed(
 ) -> Float[np.ndarray, "n m d"]:
   """Embeddings of prompts, float32, zeros behind each prompt's end.
 
-  Args and errors as `check`; there a prompt that is too long is refused, here
-  its end is cut.
+  Args and errors as `check`, which finds them without weights.
   """
   encoder = TextEncoder(checkpoint, length)
-  found = {prompt: encoder(prompt)[0] for prompt in dict.fromkeys(prompts)}
+  found = {}
+  for prompt in dict.fromkeys(prompts):
+    found[prompt], cut = encoder(prompt)
+    _check_cut(prompt, cut, length)
   out = np.zeros((len(prompts), length, encoder.weights[0].dim), np.float32)
   for row, prompt in zip(out, prompts, strict=True):
     row[: len(found[prompt])] = found[prompt]
