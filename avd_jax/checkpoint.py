@@ -109,8 +109,10 @@ def open_existing(workdir: str | Path) -> tuple[Checkpoints, int]:
     UserError: no such directory, or nothing in it.
   """
   path = Path(workdir)
-  if not path.is_dir():
+  if not path.exists():
     raise UserError(f"workdir {path} does not exist; train into it first")
+  if not path.is_dir():
+    raise UserError(f"workdir {path} is a file; give the directory of a run")
   if not (path / "checkpoints").is_dir():
     raise UserError(f"workdir {path} has no checkpoints; train into it first")
   checkpoints = Checkpoints(path)

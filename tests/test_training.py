@@ -306,6 +306,14 @@ def test_init_from_refuses_what_does_not_fit(whole, tmp_path, programs):
   config.init_from = str(tmp_path / "nowhere")
   with pytest.raises(UserError, match="nowhere does not exist"):
     loop.initial_weights(config, programs(config, mesh()))
+  # Weights, but of no kind that is read.
+  stray, kinds = tmp_path / "model.bin", r"\(\.safetensors, \.pth, \.pt\)"
+  stray.write_bytes(b"")
+  for origin, what in ((stray, "is a file"), (tmp_path, "no checkpoints")):
+    config.init_from = str(origin)
+    with pytest.raises(UserError, match=f"{what}.*own files {kinds}") as error:
+      loop.initial_weights(config, programs(config, mesh()))
+    assert "exist" not in str(error.value)
   config.init_from = str(workdir)
   config.model.ffn_dim = 32
   with pytest.raises(UserError, match=r"another model .*ffn_dim: 16 -> 32"):

@@ -29,7 +29,7 @@ from avd_jax.training.program import Program
 from avd_jax.training.state import TrainState
 from avd_jax.training.vae import VAEProgram
 from avd_jax.typing import Params
-from avd_jax.wan import importing, sources
+from avd_jax.wan import importing, readers, sources
 
 AHEAD = 2  # steps that the host may be ahead of the device
 
@@ -177,7 +177,10 @@ def initial_weights(
       theirs = importing.config_of(origin)
     _check_same(config, config_lib.to_json(theirs))
     return importing.load_dit(origin, program.mesh)[1]
-  hint = ", or give Wan's own files, or what avd import-wan made of them"
+  hint = (
+    f", or give Wan's own files ({', '.join(readers.SUFFIXES)}), or what avd"
+    " import-wan made of them"
+  )
   with _of_origin("" if "vae" in config else hint):
     checkpoints, step = checkpoint.open_existing(origin)
   with contextlib.closing(checkpoints):
