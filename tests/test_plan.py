@@ -287,6 +287,31 @@ def test_a_search_stops_where_nothing_can_be_faster_or_time_is_up():
   assert {c.failure for c in tried} == {"too late"}
 
 
+def test_a_search_says_in_a_line_what_fails_and_goes_on(monkeypatch, capfd):
+  tried = cuts("resampling_forcing")[:3]
+  job = Job(base.to_json(tiny(data=2, fsdp=4)), CPU, "no such stage")
+  apart, asked = plan_compile.apart, []
+
+  def measure(this, *more, **options):
+    asked.append(this)
+    if len(asked) == 1:  # in a process of its own
+      return apart(job, *more, **options)
+    if len(asked) == 2:
+      raise TypeError("no\nsuch thing")
+    return figures_of(this, 1, 1.0)
+
+  monkeypatch.setattr(plan_compile, "apart", measure)
+  assert plan_search.search(tried, CPU, "x", None, 1.0) == tried[2:]
+  failures = [candidate.failure for candidate in tried]
+  assert failures[0].startswith("KeyError: ")
+  assert failures[1:] == ["TypeError: no", None]
+  said = capfd.readouterr().err
+  assert "Traceback" not in said
+  for candidate in tried[:2]:
+    sizes = "x".join(map(str, candidate.mesh.values()))
+    assert re.search(f"{sizes}, remat .*: {candidate.failure}\n", said)
+
+
 def test_the_winner_is_planned_as_a_whole_and_its_arguments_make_it(
   monkeypatch,
 ):

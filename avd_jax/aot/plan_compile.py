@@ -323,12 +323,12 @@ def memory(stats: Any, held: dict[str, int]) -> dict[str, int]:
   return parts | {"in all": sum(parts.values())}
 
 
-def _send(pipe: Any, job: Job) -> None:
+def _send(pipe: Any, job: Job, trace: bool) -> None:
   try:
     pipe.send(measure(job))
   except Exception as error:
     known = isinstance(error, UserError)
-    if not known:
+    if trace and not known:
       traceback.print_exc()
     pipe.send(
       error if known else RuntimeError(f"{type(error).__name__}: {error}")
@@ -339,6 +339,7 @@ def apart(
   job: Job,
   until: float | None = None,
   tick: Callable[[], Any] = lambda: None,
+  trace: bool = True,
 ) -> Figures:
   """`measure` in a process of its own, which takes what it leaves with it.
 
@@ -346,15 +347,16 @@ def apart(
     job: what to compile.
     until: when to give up, by `time.monotonic()`.
     tick: called every second.
+    trace: print where an error that nobody expects comes from.
 
   Raises:
     TimeoutError: it took too long.
-    RuntimeError: it does not compile, or the compiler died; it has said more.
+    RuntimeError: it does not compile, or the compiler died.
     UserError: as `measure`.
   """
   spawn = multiprocessing.get_context("spawn")
   mine, theirs = spawn.Pipe(duplex=False)
-  process = spawn.Process(target=_send, args=(theirs, job), daemon=True)
+  process = spawn.Process(target=_send, args=(theirs, job, trace), daemon=True)
   process.start()
   theirs.close()
   found = None

@@ -5,6 +5,7 @@ which it is likely to be fast, until time runs out.
 """
 
 import dataclasses
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -180,9 +181,9 @@ def search(
     name: the stage.
     limit: bytes of a device; None is none.
     minutes: to give up after.
-    measure: compiles a job; `plan_compile.apart` if None.
+    measure: compiles a job; `plan_compile.apart`, without traces, if None.
   """
-  measure = measure or plan_compile.apart
+  measure = measure or _quietly
   until = time.monotonic() + 60 * minutes
   left = list(tried)
   with tqdm(total=len(left), disable=None, unit="mesh") as bar:
@@ -196,13 +197,32 @@ def search(
       if candidate.failure:
         continue
       sizes = "x".join(map(str, candidate.mesh.values()))
-      bar.set_description(f"{sizes}, remat {candidate.config.model.remat}")
-      job = Job(config_lib.to_json(candidate.config), target, name)
+      config = candidate.config
+      title = f"{sizes}, remat {config.model.remat}"
+      title += f", accumulation {config.optimizer.accumulation}"
+      bar.set_description(title)
+      job = Job(config_lib.to_json(config), target, name)
       try:
         candidate.figures = measure(job, until, bar.refresh)
-      except (RuntimeError, UserError, TimeoutError) as error:
-        candidate.failure = str(error).strip().partition("\n")[0][:200]
+      except (UserError, TimeoutError) as error:
+        candidate.failure = str(error)
+      except Exception as error:  # whatever a compiler fails with: go on
+        candidate.failure = _in_a_line(error)
+        bar.write(f"{title}: {candidate.failure}", file=sys.stderr)
   return fitting(tried, limit)
+
+
+def _quietly(*arguments: Any) -> Figures:
+  """One of many: where its error comes from, planning it alone tells."""
+  return plan_compile.apart(*arguments, trace=False)
+
+
+def _in_a_line(error: Exception) -> str:
+  """The kind of an error, and its first line."""
+  first = str(error).strip().partition("\n")[0][:200]
+  # `apart` has put the kind into the text.
+  known = type(error) is RuntimeError
+  return first if known else f"{type(error).__name__}: {first}"
 
 
 def _needless(
@@ -256,6 +276,7 @@ def best(
   Raises:
     UserError: as `candidates`; and a target, a stage that cannot be.
   """
+  measure = measure or _quietly
   until = time.monotonic() + 60 * minutes
   name = heaviest_stage(config, stage)
   tried = candidates(config, target, name)
