@@ -263,6 +263,7 @@ def test_a_search_compiles_what_may_fit_and_finds_the_only_mesh_that_does():
     alone = "by arithmetic alone" in (candidate.failure or "")
     assert alone == (candidate.memory > limit)
     assert bool(candidate.figures) != bool(candidate.failure)
+  assert sum(candidate.asked for candidate in tried) == len(compiled)
   text = plan_report.ranking(tried, limit)
   assert f"{len(compiled)} compiled, {len(good)} fit" in text
   assert text.splitlines()[1].startswith("   1. 1 x 8 x 1 x 1")
@@ -337,6 +338,37 @@ def test_the_winner_is_planned_as_a_whole_and_its_arguments_make_it(
   arguments = plan_search.overrides(done.config, done.mesh)
   config = base.load(programs.TINY, arguments)
   assert base.to_json(config) == base.to_json(done.config)
+
+
+def test_the_smallest_counts_where_time_ran_out_before_anything_fit(
+  monkeypatch,
+):
+  few = cuts("resampling_forcing")[:5]
+  for size, candidate in enumerate(reversed(few), 1):
+    candidate.memory = size
+  monkeypatch.setattr(plan_search, "candidates", lambda *_: few)
+  measure = lambda job, until, tick=None: figures_of(job, 5, 1.0)
+  done, tried = plan_search.best(tiny(), CPU, None, 10, -1.0, measure)
+  assert done.fits
+  assert done.config is few[-1].config
+  assert [candidate.asked for candidate in tried] == [False] * 4 + [True]
+  text = plan_report.ranking(tried, 10).splitlines()
+  assert text[0].endswith("1 compiled, 1 fit; 4 left when time ran out")
+  record = plan_report.record(done, tried)["search"]
+  assert record["ways"] == 5
+  assert [one["hbm_bytes_per_device"] for one in record["tried"]] == [5]
+
+
+def test_what_was_most_beyond_the_arithmetic_is_expected_of_others():
+  tried = cuts("resampling_forcing")[:3]
+  for candidate, beyond in zip(tried, (3, 7, None), strict=True):
+    candidate.config = tried[0].config  # the same recomputing
+    candidate.memory, candidate.tokens = 10, 2.0
+    if beyond is not None:
+      candidate.figures = figures_of(Job({}, CPU, "x"), 10 + beyond, 1.0)
+  assert plan_search._about(tried[2], tried) == 17
+  tried[2].tokens = 1.0
+  assert plan_search._about(tried[2], tried) == 13.5
 
 
 def test_links_and_hosts_bound_an_exchange():

@@ -230,7 +230,10 @@ def record(
       "device_hours": _total(rows, "device_hours"),
     },
     "advice": list(advice),
-    "search": [_tried(candidate) for candidate in tried],
+    "search": {
+      "ways": len(tried),
+      "tried": [_tried(candidate) for candidate in tried if candidate.asked],
+    },
     "assumptions": list(ASSUMPTIONS),
     "sources": list(chip.sources) if chip else [],
     "versions": versions(),

@@ -39,6 +39,7 @@ class Candidate:
     tokens: of a microbatch on a device, with gradients.
     figures: of the step, once it is compiled.
     failure: why it is not.
+    asked: whether a compiler was asked at all.
   """
 
   config: ConfigDict
@@ -49,6 +50,7 @@ class Candidate:
   tokens: float
   figures: Figures | None = None
   failure: str | None = None
+  asked: bool = False
 
 
 def overrides(config: ConfigDict, mesh: dict[str, int]) -> list[str]:
@@ -196,6 +198,7 @@ def search(
       candidate.failure = _needless(candidate, tried, limit, until)
       if candidate.failure:
         continue
+      candidate.asked = True
       sizes = "x".join(map(str, candidate.mesh.values()))
       config = candidate.config
       title = f"{sizes}, remat {config.model.remat}"
@@ -244,7 +247,8 @@ def _needless(
 def _about(candidate: Candidate, tried: Sequence[Candidate]) -> float:
   """Bytes that a candidate will need, by what was compiled with its remat.
 
-  What these needed beyond the arithmetic shrinks with their tokens.
+  What these needed beyond the arithmetic shrinks with their tokens; the most of
+  it counts, since a large mesh that does not fit takes minutes to say so.
   """
   beyond = [
     (other.figures.needed - other.memory) / other.tokens
@@ -252,7 +256,7 @@ def _about(candidate: Candidate, tried: Sequence[Candidate]) -> float:
     if other.figures
     and other.config.model.remat == candidate.config.model.remat
   ]
-  return candidate.memory + candidate.tokens * min(beyond, default=0.0)
+  return candidate.memory + candidate.tokens * max(beyond, default=0.0)
 
 
 def fitting(tried: Sequence[Candidate], limit: int | None) -> list[Candidate]:
@@ -295,6 +299,9 @@ def best(
   smallest = min(tried, key=lambda candidate: candidate.memory)
   known = {(name, 0): smallest.figures} if smallest.figures else {}
   done = plan(smallest.config, target, stage, limit, measure, known)
+  if (name, 0) in done.figures:
+    smallest.figures, smallest.failure = done.figures[name, 0], None
+    smallest.asked = True
   return done, tried
 
 
