@@ -13,6 +13,7 @@ BIN := $(VENV)/bin
 # Stamps: what the environment holds.
 CORE := $(VENV)/.installed
 TEST := $(VENV)/.installed-test
+PEERS := $(VENV)/.installed-peers
 # Which compilers: with one of the two, CHECK_ARGS names its targets.
 COMPILERS ?= compile-check-gpu,compile-check-tpu
 AOT := $(VENV)/.installed-$(COMPILERS)
@@ -27,12 +28,13 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
   "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
   >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 
-.PHONY: help install demo test lint compile-check
+.PHONY: help install demo test peers parity lint compile-check
 
 help:
 	@echo "make demo     train, roll out, compare: runs/demo/report.html"
 	@echo "make install  the avd command: $(BIN)/avd"
 	@echo "make test     all tests (some: make test PYTEST_ARGS='-k masks')"
+	@echo "make parity   our modules against torch, diffusers, transformers"
 	@echo "make lint     ruff: rules and format"
 	@echo "make compile-check  kernels and layers, compiled for GPUs and TPUs"
 	@echo "                    that are not there (4 GB of compilers, once)"
@@ -44,6 +46,12 @@ demo: $(CORE)
 
 test: $(TEST)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+peers: $(PEERS)
+
+parity: $(PEERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
+	  tests/test_*_parity.py $(PYTEST_ARGS)
 
 lint: $(TEST)
 	$(BIN)/ruff check
@@ -61,6 +69,14 @@ $(CORE): setup.cfg pyproject.toml
 $(TEST): $(CORE)
 	@echo "installing what the tests need"
 	@$(BIN)/python -m pip install -qq --editable '.[test]'
+	@touch $@
+
+# torch by itself first: asked for together with others, pip may take a build
+# for GPUs where there is one for CPUs.
+$(PEERS): $(TEST)
+	@echo "installing torch, diffusers and transformers"
+	@$(BIN)/python -m pip install -qq 'torch>=2.13'
+	@$(BIN)/python -m pip install -qq --editable '.[parity]'
 	@touch $@
 
 $(AOT): $(CORE)
