@@ -1,6 +1,8 @@
 """Trained runs and imported checkpoints, as samplers."""
 
 import functools
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,8 +75,9 @@ def check(
     mesh: what to run on; None is the default device.
 
   Raises:
-    UserError: what the mesh does not cut evenly, or an attention implementation
-      that cannot do its part.
+    UserError: what the mesh does not cut evenly, a cache that is larger than
+      the memory it would lie in, or an attention implementation that cannot do
+      its part.
   """
   model = config_lib.typed(DiTConfig, config.model)
   rows, columns = model.grid(*grid)
@@ -82,6 +85,7 @@ def check(
   if mesh is not None:
     parallel.check_divides(mesh, tokens=tokens, heads=model.num_heads)
     _params(model, config_lib.typed(DataConfig, config.data), mesh)
+  _check_memory(config, model, grid, chunks, mesh)
   attention.check(
     model.attention,
     chunks=chunks,
@@ -92,6 +96,41 @@ def check(
     place=mesh,
     trains=False,
   )
+
+
+def _check_memory(
+  config: ConfigDict,
+  model: DiTConfig,
+  grid: tuple[int, int],
+  chunks: int,
+  mesh: Mesh | None,
+) -> None:
+  """Weights and what is computed come on top: this much is sure."""
+  like = jax.ShapeDtypeStruct(
+    (1, model.chunk_frames, *grid, model.channels), jnp.float32
+  )
+  denoiser = Sampler(config, None).denoiser()
+  cache = jax.eval_shape(lambda: denoiser.init_cache(like, chunks))
+  needed = sum(
+    math.prod(leaf.shape) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(cache)
+  )
+  if mesh is not None:
+    needed /= mesh.shape["context"] * mesh.shape["tensor"]
+  there = memory_of(jax.local_devices()[0])
+  if needed > there:
+    raise UserError(
+      f"keys and values of {chunks:,} chunks take {needed / 2**30:,.1f} GiB on"
+      f" a device, which has {there / 2**30:,.1f}: make a shorter video, or let"
+      " it forget: --config.model.attention.window=20, or"
+      " --config.sampling.recompute=20"
+    )
+
+
+def memory_of(device: jax.Device) -> int:
+  """Bytes that a device may use; a CPU's are the machine's."""
+  limit = (device.memory_stats() or {}).get("bytes_limit")
+  return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _params(model: DiTConfig, data: DataConfig, mesh: Mesh | None) -> Params:
