@@ -112,7 +112,8 @@ def one_device(top_k, stage):
   return graded(config, ONE)[stage]
 
 
-# Every mesh with every objective takes minutes to compile: AVD_TEST_ALL=1.
+# Every mesh with every objective takes minutes to compile.
+ALL = bool(os.environ.get("AVD_TEST_ALL"))
 # Of the axes, tests/test_training.py has data and fsdp.
 EVERY = [(shape, k, STAGES) for shape in (*AXES, *MIXED) for k in (None, 2)]
 SOME = [
@@ -125,7 +126,7 @@ SOME = [
 
 @pytest.mark.parametrize(
   ("shape", "top_k", "stages"),
-  EVERY if os.environ.get("AVD_TEST_ALL") else SOME,
+  EVERY if ALL else SOME,
 )
 def test_losses_and_gradients_are_those_of_one_device(shape, top_k, stages):
   config = config_of(top_k)
@@ -141,7 +142,7 @@ def test_a_rollout_is_that_of_one_device(top_k):
   """Sampling from noise, from given chunks, into a cache that is cut."""
   config = config_of(top_k)
   results = []
-  for shape in (ONE, *MIXED):
+  for shape in (ONE, *MIXED, *(AXES if ALL else ())):
     mesh = mesh_of(shape)
     program = Program(config, mesh)
     model = denoiser.make(program.model, mesh)
