@@ -96,14 +96,16 @@ def make_mesh(devices: Sequence[Any], shape: Sequence[int]) -> Mesh:
     shape: the size of each axis; one -1 takes what is left.
 
   Raises:
-    UserError: sizes that do not multiply to the number of devices.
+    UserError: sizes that cannot be, or do not multiply to the number of
+      devices.
   """
   sizes = list(shape)
   count = len(devices)
-  if len(sizes) != len(AXES) or sizes.count(-1) > 1 or 0 in sizes:
+  known = all(size >= 1 or size == -1 for size in sizes)
+  if len(sizes) != len(AXES) or sizes.count(-1) > 1 or not known:
     raise UserError(
-      f"mesh {tuple(shape)}: give {len(AXES)} sizes {AXES}, at most one of"
-      " them -1"
+      f"mesh {tuple(shape)}: give {len(AXES)} sizes {AXES}, each at least 1, or"
+      " one of them -1 for what is left"
     )
   fixed = int(np.prod([s for s in sizes if s != -1]))
   if -1 in sizes and count % fixed == 0:

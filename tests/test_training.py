@@ -426,7 +426,8 @@ def test_a_mesh_that_cannot_cut_the_model_is_refused():
 def test_meshes_and_batches_that_do_not_fit_are_refused(tmp_path):
   with pytest.raises(UserError, match="does not fit 8 devices"):
     parallel.make_mesh(jax.devices(), (3, 1, 1, 1))
-  for shape in ((1, 1, 1), (-1, -1, 1, 1), (0, 1, 1, 1)):
+  wrong = [(1, 1, 1), (-1, -1, 1, 1), (0, 1, 1, 1)]
+  for shape in (*wrong, (-2, -4, 1, 1), (-1, -2, 1, 1)):
     with pytest.raises(UserError, match="give 4 sizes"):
       parallel.make_mesh(jax.devices(), shape)
   assert parallel.make_mesh(jax.devices(), (-1, 2, 1, 2)).shape["data"] == 2
