@@ -98,6 +98,22 @@ def test_a_plan_without_a_data_axis_or_without_peaks_is_refused():
     scaling.curve(plan("cpu:8"))
 
 
+def test_a_rollout_is_not_scaled():
+  rollout = plan() | {"stage": "rollout", "program": "rollout"}
+  rollout["programs"] = {"rollout": {}}
+  with pytest.raises(UserError, match="what is scaled here is a training step"):
+    scaling.curve(rollout)
+
+
+@pytest.mark.parametrize(("context", "least"), [(1, 8), (4, 8), (16, 16)])
+def test_fewer_devices_than_the_fewest_are_refused(context, least):
+  wide = plan()
+  wide["mesh"]["context"] = context
+  with pytest.raises(UserError, match=rf"most 2: give {least} devices or more"):
+    scaling.curve(wide, most=2)
+  assert len(scaling.curve(wide, most=least)) == 1
+
+
 def test_the_verb_prints_tables_and_draws(tmp_path, capsys):
   file, out = tmp_path / "small.json", tmp_path / "scaling.png"
   ring = exchange("all-reduce", ["data"], 9, 10**9)
@@ -109,6 +125,11 @@ def test_the_verb_prints_tables_and_draws(tmp_path, capsys):
   assert "1 us" in shown
   assert out.read_bytes()[:4] == b"\x89PNG"
   other = tmp_path / "other.json"
-  other.write_text("{}")
-  assert main(["scaling", str(other), "--out", str(out)]) != 0
-  assert "not what avd plan --json writes" in capsys.readouterr().err
+  for text in ("{}", "3", '{"programs": 1}', '["programs"]'):
+    other.write_text(text)
+    assert main(["scaling", str(other), "--out", str(out)]) == 2
+    said = f"error: {other}: not what avd plan --json writes\n"
+    assert capsys.readouterr().err == said
+  nowhere = str(tmp_path / "nowhere" / "s.png")
+  assert main(["scaling", str(file), "--out", nowhere]) == 2
+  assert "there is no directory" in capsys.readouterr().err

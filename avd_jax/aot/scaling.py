@@ -18,10 +18,14 @@ import numpy as np
 
 from avd_jax.aot import chips, topologies
 from avd_jax.aot.hlo import Collective
+from avd_jax.aot.plan_compile import ROLLOUT
 from avd_jax.errors import UserError
 
 HOP = 1e-6  # seconds
 _PER_HOST = 8  # GPUs
+_READ = {
+  "target", "mesh", "stage", "program", "hbm_limit_bytes", "programs",
+}  # fmt: skip
 ASSUMPTIONS = (
   "A device's share of the batch, its FLOPs and its memory traffic are those of"
   " the plan; peaks, bandwidths and links are the chip's data sheet's.",
@@ -62,20 +66,19 @@ class Point:
     return math.prod(self.mesh.values())
 
 
-def curve(
-  plan: Mapping[str, Any], least: int = 8, most: int = 4096
-) -> list[Point]:
+def curve(plan: Any, least: int = 8, most: int = 4096) -> list[Point]:
   """The stage of a plan that computes most, on more and more devices.
 
   Args:
-    plan: what `avd plan --json` wrote.
+    plan: what a file holds that `avd plan --json` wrote.
     least: devices to begin with.
     most: devices to end with, each time twice as many.
 
   Raises:
-    UserError: a plan of devices without known peaks, or one that shows nothing
-      of what the data axis sends.
+    UserError: no plan, one of a rollout or of devices without known peaks, one
+      that shows nothing of what the data axis sends, or too few devices.
   """
+  _check(plan)
   name = topologies.named(plan["target"])[0]
   chip, mesh = chips.find(name), plan["mesh"]
   if chip is None:
@@ -91,6 +94,9 @@ def curve(
       f"the plan of {plan['program']} for {plan['target']} did not compile:"
       " scale one that fits"
     )
+  least = max(least, mesh["context"] * mesh["tensor"])
+  if most < least:
+    raise UserError(f"--most {most}: give {least} devices or more")
   on_gpus = chip.outward is not None
   found = []
   for shape in _meshes(mesh, least, most):
@@ -106,12 +112,23 @@ def curve(
   return found
 
 
+def _check(plan: Any) -> None:
+  """Refuses what is no plan of a training step."""
+  known = isinstance(plan, dict) and plan.keys() >= _READ
+  programs = plan["programs"] if known else None
+  if not isinstance(programs, dict) or plan["program"] not in programs:
+    raise UserError("not what avd plan --json writes")
+  if plan["stage"] == ROLLOUT:
+    raise UserError(
+      f"a plan of the {ROLLOUT}; what is scaled here is a training step"
+    )
+
+
 def _meshes(
   mesh: Mapping[str, int], least: int, most: int
 ) -> Iterator[dict[str, int]]:
   """Meshes of more and more devices."""
-  kept = mesh["context"] * mesh["tensor"]
-  size = max(least, kept)
+  kept, size = mesh["context"] * mesh["tensor"], least
   while size <= most:
     fsdp = math.gcd(mesh["fsdp"], size // kept)
     yield dict(mesh) | {"data": size // (kept * fsdp), "fsdp": fsdp}

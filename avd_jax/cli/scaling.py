@@ -32,19 +32,23 @@ def run(args: argparse.Namespace) -> None:
   from pathlib import Path
 
   from avd_jax.aot import scaling
+  from avd_jax.cli import arguments
   from avd_jax.disk import read_json
   from avd_jax.errors import UserError
   from avd_jax.evaluation import cost_charts
 
   if not args.out.endswith(".png"):
     raise UserError(f"--out {args.out}: give a .png")
+  arguments.check_file("--out", args.out)
   curves = {}
   for file in args.plans:
     plan = read_json(Path(file))
-    if "programs" not in plan:
-      raise UserError(f"{file}: not what avd plan --json writes")
+    try:
+      points = scaling.curve(plan, most=args.most)
+    except UserError as error:
+      raise UserError(f"{file}: {error}") from None
     name = f"{Path(file).stem}: {plan['stage']} on {plan['target']}"
-    curves[name] = scaling.curve(plan, most=args.most)
+    curves[name] = points
   for name, points in curves.items():
     print(scaling.table(name, points), end="\n\n")
   for line in scaling.ASSUMPTIONS:
