@@ -8,12 +8,15 @@ peak.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 
 from avd_jax.aot.hlo import Collective
+from avd_jax.errors import UserError
 
 GIB = 2**30
+_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,18 +74,29 @@ def _hopper(gib: int, bandwidth: float, page: str):
       f"https://www.nvidia.com/en-us/data-center/{page} (peak, memory, NVLink)",
       "https://docs.nvidia.com/dgx/dgxh100-user-guide (400 Gbit/s a GPU)",
       f"memory: {_preallocated():.0%} of the device, which JAX takes for itself"
-      " (XLA_PYTHON_CLIENT_MEM_FRACTION)",
+      f" ({_FRACTION})",
     ),
   )
 
 
 def _preallocated() -> float:
   """The share of a GPU's memory that JAX uses."""
-  return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
+  text = os.environ.get(_FRACTION) or "0.75"
+  try:
+    share = float(text)
+  except ValueError:
+    share = 0.0
+  if not 0 < share < math.inf:
+    raise UserError(f"{_FRACTION}={text}: give a share of memory, such as 0.75")
+  return share
 
 
 def find(name: str) -> Chip | None:
-  """The peaks of a target; None of what has none, a host's cores."""
+  """The peaks of a target; None of what has none, a host's cores.
+
+  Raises:
+    UserError: of a GPU, an environment that names no share of its memory.
+  """
   match name:
     case "v5e":
       # 197 TFLOP/s, 819 GB/s; 1600 Gbit/s over 4 links.
