@@ -1,68 +1,31 @@
-"""Planning a run: memory, work, the search for a mesh, what is refused."""
+"""Planning a run: memory, work, what is refused."""
 
-import dataclasses
-import functools
 import importlib.util
 import json
 import re
-from unittest import mock
+import shlex
 
 import jax
 import programs
 import pytest
+from plans import CPU, STATS, avd, planned, tiny
 
 from avd_jax import config as base
 from avd_jax.aot import (
   chips,
   plan_compile,
   plan_report,
-  plan_search,
   plan_work,
   planner,
   topologies,
 )
 from avd_jax.aot.hlo import Collective
-from avd_jax.aot.plan_compile import Figures, Job
-from avd_jax.cli.main import main
+from avd_jax.aot.plan_compile import Exchange, Figures, Job
 from avd_jax.errors import UserError
 from avd_jax.models import denoiser
 from avd_jax.training.program import Program
 
 MIB = 2**20
-CPU = "cpu:8"
-
-
-def tiny(**mesh):
-  config = base.load(programs.TINY, [])
-  config.unlock()
-  config.mesh.update(data=-1, fsdp=1) if not mesh else config.mesh.update(mesh)
-  return config
-
-
-memory_of = plan_compile.memory
-STATS = {}  # what compiled programs said of their memory, by stage
-
-
-@functools.cache
-def measured(job_text):
-  job = Job(*json.loads(job_text))
-
-  def memory(stats, held):
-    STATS[job.what] = stats
-    return memory_of(stats, held)
-
-  with mock.patch.object(plan_compile, "memory", memory):
-    return plan_compile.measure(job)
-
-
-def here(job, until=None, tick=lambda: None):
-  """Compiles in this process, each program once."""
-  return measured(json.dumps([job.config, job.target, job.what, job.local]))
-
-
-@functools.cache
-def planned(stage="teacher_forcing"):
-  return planner.plan(tiny(data=2, fsdp=4), CPU, stage, 2**40, here)
 
 
 def test_parts_of_memory_sum_to_what_the_program_takes():
@@ -117,6 +80,8 @@ def test_a_rollout_is_planned_with_its_cache():
   assert figures.flops == 8 * 2 * last
   assert figures.flops <= figures.compiled_flops <= 4 * figures.flops
   assert done.main == ("rollout", 0)
+  said = " ".join(plan_report.table(done).split())
+  assert "videos cut over data x fsdp; no command runs it so" in said
 
 
 def test_flops_of_a_step_follow_its_objective():
@@ -211,164 +176,30 @@ def test_a_program_that_does_not_compile_costs_no_other_its_figures():
   table = plan_report.table(done)
   assert "rollout does not compile for cpu:8: INTERNAL: no such kernel" in table
   assert "rollout" in plan_report.record(done)["failures"]
+  assert not done.late
   with pytest.raises(UserError, match="rollout does not compile"):
     planner.plan(tiny(data=2, fsdp=4), CPU, "rollout", None, measure)
 
 
-@functools.cache
-def _cuts(stage):
-  return plan_search.candidates(tiny(), CPU, stage)
-
-
-def cuts(stage):
-  return [dataclasses.replace(candidate) for candidate in _cuts(stage)]
-
-
-def figures_of(job, needed, seconds):
-  return Figures(
-    job.what, 1, 1, 1, {"in all": needed}, seconds={"compute": seconds}
+def test_columns_of_a_table_stand_apart():
+  figures = Figures("teacher_forcing", 9, 10**17, 10**17, {"in all": 2**40})
+  axes = ("data", "fsdp", "context")
+  exchange = Exchange("collective-permute", axes, 54623, 0, 10**15)
+  figures.collectives, figures.seconds = [exchange], {"compute": 2.0}
+  config = tiny(data=2, fsdp=4)
+  done = planner.Plan(
+    config, CPU, config.mesh.to_dict(), None, {("teacher_forcing", 0): figures}
   )
-
-
-def test_a_search_compiles_what_may_fit_and_finds_the_only_mesh_that_does():
-  config = tiny()
-  stage = plan_search.heaviest_stage(config)
-  assert stage == "resampling_forcing"
-  tried = cuts(stage)
-  found = {(*c.mesh.values(), c.config.optimizer.accumulation) for c in tried}
-  # One head and 4 tokens; 8 videos, so that 8 devices of them take no more.
-  assert {cut[:4] for cut in found} == {
-    (data, fsdp, 8 // data // fsdp, 1)
-    for data in (1, 2, 4, 8)
-    for fsdp in (1, 2, 4, 8)
-    if 2 <= data * fsdp <= 8
-  }
-  assert all(
-    8 % (data * fsdp * times) == 0 for data, fsdp, _, _, times in found
+  rows = plan_report.table(done).splitlines()
+  long = next(row for row in rows if "collective-permute" in row)
+  assert long.endswith(
+    "collective-permute, data+fsdp+context  931,322.57 (54623)"
   )
-  needs = {str(c.config): 2 * c.memory for c in tried}
-  limit = min(needs.values())
-  compiled = []
-
-  def measure(job, until, tick):
-    compiled.append(job)
-    needed = needs[str(base.from_json(job.config))]
-    return figures_of(job, needed, 1.0)
-
-  good = plan_search.search(tried, CPU, stage, limit, 1.0, measure)
-  assert {tuple(c.mesh.values()) for c in good} == {(1, 8, 1, 1)}
-  assert {c.figures.needed for c in good} == {limit}
-  assert 1 < len(compiled) < len(tried)
-  for candidate in tried:
-    alone = "by arithmetic alone" in (candidate.failure or "")
-    assert alone == (candidate.memory > limit)
-    assert bool(candidate.figures) != bool(candidate.failure)
-  assert sum(candidate.asked for candidate in tried) == len(compiled)
-  text = plan_report.ranking(tried, limit)
-  assert f"{len(compiled)} compiled, {len(good)} fit" in text
-  assert text.splitlines()[1].startswith("   1. 1 x 8 x 1 x 1")
-
-
-def test_a_search_stops_where_nothing_can_be_faster_or_time_is_up():
-  tried = cuts("resampling_forcing")
-  measure = lambda job, until, tick: figures_of(job, 1, 1e-30)
-  search = functools.partial(
-    plan_search.search, target=CPU, name="x", limit=None
-  )
-  assert len(search(tried, minutes=1.0, measure=measure)) == 1
-  assert all("longer than the best" in c.failure for c in tried[1:])
-  tried = cuts("resampling_forcing")
-  assert not search(tried, minutes=-1.0, measure=measure)
-  assert {c.failure for c in tried} == {"no time left"}
-
-  def late(job, until, tick):
-    raise TimeoutError("too late")
-
-  assert not search(tried, minutes=1.0, measure=late)
-  assert {c.failure for c in tried} == {"too late"}
-
-
-def test_a_search_says_in_a_line_what_fails_and_goes_on(monkeypatch, capfd):
-  tried = cuts("resampling_forcing")[:3]
-  job = Job(base.to_json(tiny(data=2, fsdp=4)), CPU, "no such stage")
-  apart, asked = plan_compile.apart, []
-
-  def measure(this, *more, **options):
-    asked.append(this)
-    if len(asked) == 1:  # in a process of its own
-      return apart(job, *more, **options)
-    if len(asked) == 2:
-      raise TypeError("no\nsuch thing")
-    return figures_of(this, 1, 1.0)
-
-  monkeypatch.setattr(plan_compile, "apart", measure)
-  assert plan_search.search(tried, CPU, "x", None, 1.0) == tried[2:]
-  failures = [candidate.failure for candidate in tried]
-  assert failures[0].startswith("KeyError: ")
-  assert failures[1:] == ["TypeError: no", None]
-  said = capfd.readouterr().err
-  assert "Traceback" not in said
-  for candidate in tried[:2]:
-    sizes = "x".join(map(str, candidate.mesh.values()))
-    assert re.search(f"{sizes}, remat .*: {candidate.failure}\n", said)
-
-
-def test_the_winner_is_planned_as_a_whole_and_its_arguments_make_it(
-  monkeypatch,
-):
-  few = [
-    c
-    for c in cuts("resampling_forcing")
-    if c.mesh["fsdp"] in (2, 4) and c.mesh["context"] == 1
-    if (c.config.model.remat, c.config.optimizer.accumulation) == ("none", 1)
-  ]
-  monkeypatch.setattr(plan_search, "candidates", lambda *_: few)
-
-  def measure(job, until, tick):
-    wide = job.config["mesh"]["fsdp"] == 4
-    needed = 99 if job.what == "rollout" and not wide else 5
-    return figures_of(job, needed, 1.0 + wide)
-
-  for candidate in few:
-    candidate.memory = 1
-  done, tried = plan_search.best(tiny(), CPU, None, 10, 1.0, measure)
-  assert tried is few
-  assert done.fits
-  assert done.mesh["fsdp"] == 4  # the fastest steps leave no room to roll out
-  arguments = plan_search.overrides(done.config, done.mesh)
-  config = base.load(programs.TINY, arguments)
-  assert base.to_json(config) == base.to_json(done.config)
-
-
-def test_the_smallest_counts_where_time_ran_out_before_anything_fit(
-  monkeypatch,
-):
-  few = cuts("resampling_forcing")[:5]
-  for size, candidate in enumerate(reversed(few), 1):
-    candidate.memory = size
-  monkeypatch.setattr(plan_search, "candidates", lambda *_: few)
-  measure = lambda job, until, tick=None: figures_of(job, 5, 1.0)
-  done, tried = plan_search.best(tiny(), CPU, None, 10, -1.0, measure)
-  assert done.fits
-  assert done.config is few[-1].config
-  assert [candidate.asked for candidate in tried] == [False] * 4 + [True]
-  text = plan_report.ranking(tried, 10).splitlines()
-  assert text[0].endswith("1 compiled, 1 fit; 4 left when time ran out")
-  record = plan_report.record(done, tried)["search"]
-  assert record["ways"] == 5
-  assert [one["hbm_bytes_per_device"] for one in record["tried"]] == [5]
-
-
-def test_what_was_most_beyond_the_arithmetic_is_expected_of_others():
-  tried = cuts("resampling_forcing")[:3]
-  for candidate, beyond in zip(tried, (3, 7, None), strict=True):
-    candidate.config = tried[0].config  # the same recomputing
-    candidate.memory, candidate.tokens = 10, 2.0
-    if beyond is not None:
-      candidate.figures = figures_of(Job({}, CPU, "x"), 10 + beyond, 1.0)
-  assert plan_search._about(tried[2], tried) == 17
-  tried[2].tokens = 1.0
-  assert plan_search._about(tried[2], tried) == 13.5
+  needed = next(row for row in rows if row.startswith("  needed"))
+  assert len(needed) == len(long)
+  steps = f"{config.stage.teacher_forcing.steps:,}"
+  recipe = next(row for row in rows if steps in row.split())
+  assert recipe.split()[:2] == ["teacher_forcing", steps]
 
 
 def test_links_and_hosts_bound_an_exchange():
@@ -396,32 +227,24 @@ def test_every_target_has_peaks_and_memory_below_its_size():
   assert chips.find("cpu") is None
 
 
-def avd(monkeypatch, *arguments, config=programs.TINY):
-  """`avd plan` in this process, compiling here; gives its exit code."""
-  for name in (
-    "JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "JAX_ENABLE_COMPILATION_CACHE",
-    "JAX_NUM_CPU_DEVICES",
-  ):  # fmt: skip
-    monkeypatch.setenv(name, "")
-  monkeypatch.setattr(plan_compile, "apart", here)
-  try:
-    return main(["plan", "--config", config, *arguments])
-  except SystemExit as end:
-    return end.code
-
-
 def test_a_plan_prints_a_table_and_writes_its_figures(
   monkeypatch, capsys, tmp_path
 ):
-  file = tmp_path / "plan.json"
+  file = tmp_path / "my plan.json"
   mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=4")
   only = ("--stage", "teacher_forcing", "--target", CPU)
   code = avd(monkeypatch, *only, *mesh, "--json", str(file))
-  shown = capsys.readouterr().out
+  shown, progress = capsys.readouterr()
   assert code == 0
   assert "mesh data 2 x fsdp 4 x context 1 x tensor 1 = 8; " in shown
   values = json.loads(file.read_text())
   figures = planned().figures["teacher_forcing", 0]
+  assert values["command"] == shown.splitlines()[0]
+  assert shlex.split(values["command"])[:2] == ["avd", "plan"]
+  assert shlex.split(values["command"])[-2:] == ["--json", str(file)]
+  begun, done = progress.splitlines()  # no terminal, hence no bar
+  assert begun == "compiling teacher_forcing for cpu:8"
+  assert re.fullmatch(r"compiled teacher_forcing: \d+ s, 0\.00 GiB .*", done)
   assert values["fits"] is True
   assert values["hbm_limit_bytes"] is None
   assert values["hbm_bytes_per_device"] == figures.needed
@@ -466,6 +289,10 @@ def test_what_does_not_fit_ends_with_1_and_says_what_would(monkeypatch, capsys):
     ([CPU, "--stage", "rollout", "--search"], "rollout has no step"),
     ([CPU, "--search", "--config.data.batch_size=3", "--config.model.patch=12"],
      "no mesh over cpu:8 divides this"),
+    ([CPU, "--config.mesh.data=-2", "--config.mesh.fsdp=-4"], "at least 1, or"),
+    ([CPU, "--config.mesh.data=-1", "--config.mesh.fsdp=-2"], "at least 1, or"),
+    ([CPU, "--json", "no/such/x.json"], "there is no directory no/such"),
+    ([CPU, "--json", "/"], "this is a directory"),
   ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_before_anything_compiles(
@@ -476,6 +303,33 @@ def test_a_mistake_is_one_line_before_anything_compiles(
   assert said in error
   assert error.startswith("error: ")
   assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("how", [(), ("--search",), ("--stage", "vae")])
+def test_the_run_of_a_vae_is_not_planned(monkeypatch, capsys, how):
+  config = str(programs.ROOT / "configs" / "vae_tiny.py")
+  assert avd(monkeypatch, "--target", CPU, *how, config=config) == 2
+  error = capsys.readouterr().err
+  assert "this config trains a VAE" in error
+  assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("share", ["abc", "0", "nan", "inf"])
+@pytest.mark.parametrize("more", [(), ("--hbm", "80")])
+def test_a_share_of_a_gpus_memory_is_a_number(monkeypatch, capsys, share, more):
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
+  assert avd(monkeypatch, "--target", "h100:8", *more) == 2
+  error = capsys.readouterr().err
+  assert f"XLA_PYTHON_CLIENT_MEM_FRACTION={share}: give a share" in error
+  assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--hbm", "--minutes"])
+@pytest.mark.parametrize("value", ["inf", "nan", "0", "abc"])
+def test_amounts_are_finite_numbers_above_0(monkeypatch, capsys, option, value):
+  assert avd(monkeypatch, "--target", CPU, option, value) == 2
+  said = f"argument {option}: '{value}' is not a number above 0"
+  assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

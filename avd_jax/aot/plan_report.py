@@ -7,8 +7,8 @@ from typing import Any
 
 from avd_jax.aot import chips, topologies
 from avd_jax.aot.plan_compile import ROLLOUT, Figures
-from avd_jax.aot.plan_search import Candidate, fitting
-from avd_jax.aot.planner import Plan
+from avd_jax.aot.plan_search import Candidate, fitting, overrides
+from avd_jax.aot.planner import Plan, title
 
 DAY = 24 * 3600
 ASSUMPTIONS = (
@@ -47,15 +47,9 @@ def _share(value: float | None) -> str:
   return "-" if value is None else f"{value:.0%}"
 
 
-def _title(key: tuple[str, int]) -> str:
-  name, local = key
-  return f"{name}, full" if local else name
-
-
 def table(plan: Plan) -> str:
   """A plan, a column for each program."""
-  titles = [_title(key) for key in plan.figures]
-  width = max(11, *(len(title) + 2 for title in titles))
+  titles = [title(key) for key in plan.figures]
   mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
   weights = next(iter(plan.figures.values())).parameters
   lines = [
@@ -63,10 +57,17 @@ def table(plan: Plan) -> str:
     "",
   ]
   rows = [("", titles), *_memory(plan), *_work(plan), *_times(plan)]
+  lines += [*_aligned(rows), *_recipe_rows(plan), "", *_remarks(plan)]
+  return "\n".join(lines)
+
+
+def _aligned(rows: Sequence[Row]) -> Iterator[str]:
+  """Rows as lines, each column as wide as the widest cell asks."""
+  label = max(len(what) for what, _ in rows)
+  width = 2 + max(len(cell) for _, cells in rows for cell in cells)
   for what, cells in rows:
-    line = f"{what:<31}" + "".join(f"{cell:>{width}}" for cell in cells)
-    lines.append(line.rstrip())
-  return "\n".join([*lines, *_recipe_rows(plan), "", *_remarks(plan)])
+    line = f"{what:<{label}}" + "".join(f"{cell:>{width}}" for cell in cells)
+    yield line.rstrip()
 
 
 def _memory(plan: Plan) -> Iterator[Row]:
@@ -151,29 +152,34 @@ def _recipe_rows(plan: Plan) -> Iterator[str]:
   rows = recipe(plan)
   if _total(rows, "days") is None:
     return
-  yield ""
-  whole = set(rows) == set(plan.config.stages)
-  head = f"{'steps':>11}{'days':>11}{'device-hours':>15}"
-  yield f"{'the recipe, at least':<32}{head}"
+  lines = [("the recipe, at least", ["steps", "days", "device-hours"])]
   for name, row in rows.items():
-    yield (
-      f"  {name:<30}{row['steps']:>11,}{row['days']:>11.3g}"
-      f"{row['device_hours']:>15,.4g}"
-    )
+    days, hours = row["days"], row["device_hours"]
+    cells = [f"{row['steps']:,}", _number(days), f"{hours:,.4g}"]
+    lines.append((f"  {name}", cells))
   days, hours = (_total(rows, what) for what in ("days", "device_hours"))
+  whole = set(rows) == set(plan.config.stages)
   name = "in all" if whole else "these, without the others"
-  yield f"  {name:<30}{'':>11}{days:>11.3g}{hours:>15,.4g}"
+  lines.append((f"  {name}", ["", _number(days), f"{hours:,.4g}"]))
+  yield ""
+  yield from _aligned(lines)
 
 
 def _remarks(plan: Plan) -> Iterator[str]:
-  lines = [f"{_title(key)} {why}" for key, why in plan.failures.items()]
+  lines = [f"{title(key)} {why}" for key, why in plan.failures.items()]
+  lines += [f"{title(key)}: not compiled: no time left" for key in plan.late]
   for key, figures in plan.figures.items():
-    lines += [f"{_title(key)}: {line}" for line in _said(figures)]
+    lines += [f"{title(key)}: {line}" for line in _said(figures)]
   rollout = plan.figures.get((ROLLOUT, 0))
   if rollout:
     lines.append(
       f"{ROLLOUT}: a step is a segment of {rollout.frames} latent frames, of"
       f" {rollout.videos} videos at once, one for each share of the batch"
+    )
+  if rollout and plan.mesh["data"] * plan.mesh["fsdp"] > 1:
+    lines.append(
+      f"{ROLLOUT}: this is the training mesh, with videos cut over data x fsdp;"
+      " no command runs it so: avd sample cuts over context and tensor only"
     )
   if any(f.seconds for f in plan.figures.values()):
     lines += ASSUMPTIONS
@@ -197,9 +203,12 @@ def _said(figures: Figures) -> Iterator[str]:
 
 
 def record(
-  plan: Plan, tried: Sequence[Candidate] = (), advice: Sequence[str] = ()
+  plan: Plan,
+  tried: Sequence[Candidate] = (),
+  advice: Sequence[str] = (),
+  command: str = "",
 ) -> dict[str, Any]:
-  """A plan as plain values.
+  """A plan as plain values, and the command line that made it.
 
   `flops_per_step`, `step_seconds` and `mfu` are of the program that computes
   most (`program`, of `stage`); `hbm_bytes_per_device` of the program that needs
@@ -209,6 +218,7 @@ def record(
   figures, rows = plan.figures[key], recipe(plan)
   chip = chips.find(topologies.named(plan.target)[0])
   return {
+    "command": command,
     "target": plan.target,
     "devices": plan.devices,
     "mesh": plan.mesh,
@@ -217,12 +227,13 @@ def record(
     "hbm_limit_bytes": plan.limit,
     "parameters": figures.parameters,
     "stage": key[0],
-    "program": _title(key),
+    "program": title(key),
     "flops_per_step": figures.flops,
     "step_seconds": figures.least,
     "mfu": plan.mfu(figures),
-    "programs": {_title(k): _values(plan, f) for k, f in plan.figures.items()},
-    "failures": {_title(k): why for k, why in plan.failures.items()},
+    "programs": {title(k): _values(plan, f) for k, f in plan.figures.items()},
+    "failures": {title(k): why for k, why in plan.failures.items()},
+    "not_compiled": [title(key) for key in plan.late],
     "recipe": {
       "stages": rows,
       "whole": set(rows) == set(plan.config.stages),
@@ -296,6 +307,47 @@ def ranking(tried: Sequence[Candidate], limit: int | None) -> str:
       f" {figures.needed / chips.GIB:>8.2f} GiB"
     )
   return "\n".join(lines)
+
+
+def choice(plan: Plan, stage: str) -> list[str]:
+  """The arguments that a search found, and which programs may not fit so.
+
+  Args:
+    plan: of what was found.
+    stage: whose step was searched for; nothing where that does not fit.
+  """
+  step = plan.figures.get((stage, 0))
+  if step is None or not step.fits(plan.limit):
+    return []
+  timed = any(figures.seconds for figures in plan.figures.values())
+  best = "fastest" if timed else "smallest"
+  what = "that fits" if plan.fits else f"whose step of {stage} fits"
+  left_out = {
+    "not compiled, no time left": plan.late,
+    "does not compile": plan.failures,
+    "does not fit": plan.tight,
+  }
+  lines = [
+    f"{why}: {'; '.join(map(title, keys))}"
+    for why, keys in left_out.items()
+    if keys
+  ]
+  arguments = " ".join(overrides(plan.config, plan.mesh))
+  return [f"the {best} found {what}:", arguments, *lines]
+
+
+def nothing(
+  tried: Sequence[Candidate], limit: int | None, minutes: float
+) -> str:
+  """Why a search has no plan to show."""
+  least = min(candidate.memory for candidate in tried)
+  if limit is not None and least > limit:
+    return (
+      f"none of them fits: by arithmetic alone the smallest needs"
+      f" {least / chips.GIB:.2f} GiB of a device, and there are"
+      f" {limit / chips.GIB:.2f}; name more devices, or a smaller run"
+    )
+  return f"nothing was compiled in {minutes:g} minutes; give more (--minutes)"
 
 
 def versions() -> dict[str, str | None]:

@@ -7,7 +7,7 @@ which it is likely to be fast, until time runs out.
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -24,6 +24,7 @@ from avd_jax.training.program import Program
 
 # "offload" is never faster than "block": advice alone names it.
 REMAT = ("none", "dots", "block")
+_SEARCHING = 2 / 3  # of the time
 
 
 @dataclasses.dataclass
@@ -207,11 +208,13 @@ def search(
       job = Job(config_lib.to_json(config), target, name)
       try:
         candidate.figures = measure(job, until, bar.refresh)
+        said = f"{candidate.figures.needed / chips.GIB:.2f} GiB"
       except (UserError, TimeoutError) as error:
-        candidate.failure = str(error)
+        candidate.failure = said = str(error)
       except Exception as error:  # whatever a compiler fails with: go on
-        candidate.failure = _in_a_line(error)
-        bar.write(f"{title}: {candidate.failure}", file=sys.stderr)
+        candidate.failure = said = _in_a_line(error)
+      bar.write(f"{title}: {said}", file=sys.stderr)
+      sys.stderr.flush()
   return fitting(tried, limit)
 
 
@@ -272,37 +275,63 @@ def best(
   limit: int | None,
   minutes: float,
   measure: Measure | None = None,
-) -> tuple[Plan, list[Candidate]]:
+) -> tuple[Plan | None, list[Candidate]]:
   """The fastest plan that fits as a whole, and all that was tried.
 
-  Where none does, the plan that needs least by arithmetic.
+  The step alone is searched for, in two thirds of the time; the rest is for a
+  winner's other programs. Where they cannot all be compiled in it, the plan
+  says which. Where no plan fits: the one whose step is the fastest that does;
+  else the one that needs least by arithmetic, or else what came nearest. None
+  where nothing was compiled in time, or nothing can fit by arithmetic alone.
 
   Raises:
     UserError: as `candidates`; and a target, a stage that cannot be.
   """
-  measure = measure or _quietly
-  until = time.monotonic() + 60 * minutes
+  start, measure = time.monotonic(), measure or _quietly
+  until = start + 60 * minutes
   name = heaviest_stage(config, stage)
   tried = candidates(config, target, name)
-  good = search(tried, target, name, limit, minutes, measure)
-  rollouts: dict[tuple[int, ...], Figures] = {}  # recomputing changes none
+
+  def whole(candidate, known=None, which=stage):
+    step = {(name, 0): candidate.figures} if candidate.figures else {}
+    known = step | (known or {})
+    return plan(candidate.config, target, which, limit, measure, known, until)
+
+  left = _SEARCHING * minutes - (time.monotonic() - start) / 60
+  good = search(tried, target, name, limit, left, measure)
+  fastest, rollouts = None, {}  # recomputing changes no rollout
   for candidate in good:
     mesh = tuple(candidate.mesh.values())
-    known = {(name, 0): candidate.figures}
-    if mesh in rollouts:
-      known[ROLLOUT, 0] = rollouts[mesh]
-    done = plan(candidate.config, target, stage, limit, measure, known, until)
-    if done.fits or time.monotonic() > until:
+    done = whole(candidate, rollouts.get(mesh))
+    if not done.refuted:
       return done, tried
+    fastest = fastest or done
     if (ROLLOUT, 0) in done.figures:
-      rollouts[mesh] = done.figures[ROLLOUT, 0]
+      rollouts[mesh] = {(ROLLOUT, 0): done.figures[ROLLOUT, 0]}
   smallest = min(tried, key=lambda candidate: candidate.memory)
-  known = {(name, 0): smallest.figures} if smallest.figures else {}
-  done = plan(smallest.config, target, stage, limit, measure, known)
-  if (name, 0) in done.figures:
-    smallest.figures, smallest.failure = done.figures[name, 0], None
-    smallest.asked = True
-  return done, tried
+  too_large = limit is not None and smallest.memory > limit
+  if too_large or (fastest and smallest.figures):
+    return fastest, tried
+  try:
+    done = _smallest(smallest, name, whole)
+  except (TimeoutError, UserError) as error:
+    compiled = [c for c in tried if c.figures]
+    if not compiled and isinstance(error, UserError):
+      raise
+    nearest = min(compiled, key=lambda c: c.figures.needed, default=None)
+    return fastest or (nearest and whole(nearest)), tried
+  return fastest if fastest and done.refuted else done, tried
+
+
+def _smallest(
+  candidate: Candidate, name: str, whole: Callable[..., Plan]
+) -> Plan:
+  """A plan of a candidate, its step before all else."""
+  step = whole(candidate, which=name)
+  if (name, 0) in step.figures:
+    candidate.figures, candidate.failure = step.figures[name, 0], None
+    candidate.asked = True
+  return whole(candidate, step.figures)
 
 
 def advice(done: Plan) -> list[str]:

@@ -6,6 +6,8 @@ there, times the steps of each stage, is what the recipe takes.
 
 import dataclasses
 import math
+import sys
+import time
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
@@ -32,6 +34,8 @@ class Plan:
     limit: bytes that a program may use on a device; None where none is known.
     figures: of each program, by (stage, local step); stages that share a
       program share its figures.
+    failures: why a program does not compile.
+    late: programs that there was no time left to compile.
   """
 
   config: ConfigDict
@@ -40,6 +44,7 @@ class Plan:
   limit: int | None
   figures: dict[tuple[str, int], Figures]
   failures: dict[tuple[str, int], str] = dataclasses.field(default_factory=dict)
+  late: list[tuple[str, int]] = dataclasses.field(default_factory=list)
 
   @property
   def devices(self) -> int:
@@ -48,8 +53,13 @@ class Plan:
 
   @property
   def fits(self) -> bool:
-    """Whether every program compiles and fits a device."""
-    return not self.failures and not self.tight
+    """Whether every program was compiled and fits a device."""
+    return not self.refuted and not self.late
+
+  @property
+  def refuted(self) -> bool:
+    """Whether a program is known not to compile or not to fit."""
+    return bool(self.failures or self.tight)
 
   @property
   def tight(self) -> list[tuple[str, int]]:
@@ -88,6 +98,12 @@ class Plan:
     return figures.flops / (figures.least * peak)
 
 
+def title(key: tuple[str, int]) -> str:
+  """A program's name."""
+  name, local = key
+  return f"{name}, full" if local else name
+
+
 def kinds(
   config: ConfigDict, stage: str | None = None
 ) -> list[tuple[str, int]]:
@@ -98,8 +114,13 @@ def kinds(
     stage: only this one, or ROLLOUT.
 
   Raises:
-    UserError: a stage that does not run.
+    UserError: a stage that does not run, or a VAE's run.
   """
+  if "vae" in config:
+    raise UserError(
+      "plans are of a model's run; this config trains a VAE, whose run is not"
+      " planned"
+    )
   if stage not in (None, ROLLOUT, *config.stages):
     raise UserError(
       f"--stage {stage}: the config runs {', '.join(config.stages)};"
@@ -118,10 +139,13 @@ def limit_of(target: str, gib: float | None = None) -> int | None:
   Args:
     target: what devices.
     gib: another limit.
+
+  Raises:
+    UserError: no such target, or as `chips.find`.
   """
+  chip = chips.find(topologies.named(target)[0])
   if gib is not None:
     return int(gib * chips.GIB)
-  chip = chips.find(topologies.named(target)[0])
   return chip.memory if chip else None
 
 
@@ -148,6 +172,7 @@ def plan(
   Raises:
     UserError: a target, a mesh or a stage that cannot be, or no program
       compiles.
+    TimeoutError: time was up before any program was compiled.
   """
   measure = measure or plan_compile.apart
   which, known = kinds(config, stage), dict(known or {})
@@ -158,22 +183,45 @@ def plan(
     name if name == ROLLOUT else id(program.step(name, local))
   )
   found = {same(*key): figures for key, figures in known.items()}
-  plain, failures = config_lib.to_json(config), {}
+  plain, failures, late = config_lib.to_json(config), {}, []
   with tqdm(which, disable=None, unit="program") as bar:
     for name, local in bar:
       key = same(name, local)
-      if key not in found:
-        bar.set_description(f"compiling {name}")
-        job = Job(plain, target, name, local)
-        try:
-          found[key] = measure(job, until, bar.refresh)
-        except TimeoutError as error:
-          failures[name, local] = f"was not compiled: {error}"
-        except RuntimeError as error:  # the others took minutes: go on
-          first = str(error).strip().partition("\n")[0][:300]
-          failures[name, local] = f"does not compile for {target}: {first}"
+      if key in found:
+        continue
+      job, what = Job(plain, target, name, local), title((name, local))
+      try:
+        found[key] = _compiled(job, what, measure, until, bar)
+      except TimeoutError:
+        late.append((name, local))
+        _say(bar, f"{what}: not compiled: no time left")
+      except RuntimeError as error:  # the others took minutes: go on
+        first = str(error).strip().partition("\n")[0][:300]
+        failures[name, local] = f"does not compile for {target}: {first}"
+        _say(bar, f"{what} does not compile")
   figures = {key: found[same(*key)] for key in which if same(*key) in found}
-  if not figures:
+  if not figures and failures:
     (name, _), why = next(iter(failures.items()))
     raise UserError(f"{name} {why}")
-  return Plan(config, target, dict(mesh.shape), limit, figures, failures)
+  if not figures:
+    raise TimeoutError("no time left")
+  return Plan(config, target, dict(mesh.shape), limit, figures, failures, late)
+
+
+def _compiled(
+  job: Job, what: str, measure: Measure, until: float | None, bar: tqdm
+) -> Figures:
+  if until is not None and time.monotonic() > until:
+    raise TimeoutError("no time left")
+  bar.set_description(f"compiling {what}")
+  _say(bar, f"compiling {what} for {job.target}")
+  figures = measure(job, until, bar.refresh)
+  took, gib = figures.compile_seconds, figures.needed / chips.GIB
+  _say(bar, f"compiled {what}: {took:.0f} s, {gib:.2f} GiB of a device")
+  return figures
+
+
+def _say(bar: tqdm, line: str) -> None:
+  """A line to stderr where that is no terminal, and so shows no bar."""
+  if bar.disable:
+    print(line, file=sys.stderr, flush=True)

@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.error(f"unrecognized arguments: {' '.join(stray or rest)}")
   try:
     args.overrides = rest
+    args.argv = sys.argv[1:] if argv is None else argv
     args.run(args)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)

@@ -11,20 +11,16 @@ extra compile-check-gpu), or for so many devices of this host (cpu:8). Printed
 are the memory of a device by part, FLOPs, what devices send each other, and,
 from the chip's data sheet, the least time of a step and of the whole recipe.
 Nothing runs; compiling large models takes minutes. Exit code 1: it does not
-fit.
+fit, or not all of it was compiled.
 
 --search tries meshes, recomputing (model.remat) and optimizer.accumulation,
-and says which arguments give the fastest that fits.
+and says which arguments give the fastest that fits. Two thirds of --minutes go
+to the step that computes most, the rest to the winner's other programs.
 """
 
 import argparse
 
-
-def _positive(text: str) -> float:
-  value = float(text)
-  if not value > 0:
-    raise argparse.ArgumentTypeError(f"{text} is not above 0")
-  return value
+from avd_jax.cli import arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,13 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument(
     "--minutes",
-    type=_positive,
+    type=arguments.positive_number,
     default=30.0,
     help="that a search may take (default: 30)",
   )
   parser.add_argument(
     "--hbm",
-    type=_positive,
+    type=arguments.positive_number,
     metavar="GIB",
     help="memory of a device (default: the chip's; of cpu: no limit)",
   )
@@ -69,32 +65,39 @@ def run(args: argparse.Namespace) -> None:
   if name == "cpu" and size.isdigit():
     os.environ["JAX_NUM_CPU_DEVICES"] = size
   import json
+  import shlex
   from pathlib import Path
 
   from avd_jax import config as config_lib
   from avd_jax.aot import plan_report, plan_search, planner
 
+  arguments.check_file("--json", args.json)
   config = config_lib.load(args.config, args.overrides)
   limit = planner.limit_of(args.target, args.hbm)
-  tried = []
+  command, tried = shlex.join(["avd", *args.argv]), []
   if args.search:
     plan, tried = plan_search.best(
       config, args.target, args.stage, limit, args.minutes
     )
-    print(plan_report.ranking(tried, limit), end="\n\n")
   else:
     plan = planner.plan(config, args.target, args.stage, limit)
+  print(command)
+  if args.search:
+    print(plan_report.ranking(tried, limit), end="\n\n")
+  if plan is None:
+    print(plan_report.nothing(tried, limit, args.minutes))
+    sys.exit(1)
   print(plan_report.table(plan))
+  if args.search:
+    stage = plan_search.heaviest_stage(config, args.stage)
+    if found := plan_report.choice(plan, stage):
+      print("\n".join(["", *found]))
   hints = plan_search.advice(plan) if plan.tight else []
-  if args.search and plan.fits:
-    timed = any(f.seconds for f in plan.figures.values())
-    print(f"\nthe {'fastest' if timed else 'smallest'} found that fits:")
-    print(" ".join(plan_search.overrides(plan.config, plan.mesh)))
   if plan.tight:
     print("\nit does not fit; by estimate these would:")
     print("\n".join(hints or ["nothing that was thought of"]))
   if args.json:
-    values = plan_report.record(plan, tried, hints)
+    values = plan_report.record(plan, tried, hints, command)
     Path(args.json).write_text(json.dumps(values, indent=2) + "\n")
   if not plan.fits:
     sys.exit(1)
