@@ -240,25 +240,6 @@ def test_the_check_of_a_change_is_clean():
 TRAIN = (*programs.AVD, "train", "--config", programs.TINY, "--workdir")
 
 
-def test_processes_that_disagree_are_refused_before_they_compile(tmp_path):
-  differ = (
-    'exec "$@" --config.stage.teacher_forcing.steps=$((7+AVD_PROCESS_ID))'
-  )
-  done = programs.run(
-    LOCAL, "2", "bash", "-c", differ, "avd", *TRAIN, str(tmp_path / "run")
-  )
-  assert done.returncode == 2
-  line = "(process 1: config.stage.teacher_forcing.steps: 7 -> 8)"
-  for owner in ("", "[1] "):
-    (told,) = [
-      text for text in (done.stderr + done.stdout).splitlines()
-      if text.startswith(f"{owner}error: ")
-    ]  # fmt: skip
-    assert "must run the same command" in told
-    assert line in told
-  assert not (tmp_path / "run").exists()
-
-
 def join(monkeypatch, **variables):
   """`avd train` as one process of several, to be refused: its only line."""
   for name, value in variables.items():
@@ -284,6 +265,8 @@ def test_who_does_not_come_is_reported(index, message, monkeypatch):
     COORDINATOR=address, NUM_PROCESSES="3", PROCESS_ID=index, TIMEOUT="1",
   )  # fmt: skip
   assert told.startswith(message.format(address) + " (AVD_TIMEOUT)")
+  if index == "0":
+    assert "is each told that they are 3 (AVD_NUM_PROCESSES)" in told
 
 
 GOOD = {"COORDINATOR": "h:1", "NUM_PROCESSES": "2", "PROCESS_ID": "1"}
@@ -296,6 +279,7 @@ GOOD = {"COORDINATOR": "h:1", "NUM_PROCESSES": "2", "PROCESS_ID": "1"}
     ({"COORDINATOR": "auto"}, "auto finds the others itself; unset"),
     ({"PROCESS_ID": None}, "set but not AVD_PROCESS_ID"),
     ({"PROCESS_ID": "2"}, "AVD_PROCESS_ID=2 is not one of AVD_NUM_PROCESSES=2"),
+    ({"PROCESS_ID": "-1"}, "AVD_PROCESS_ID=-1 is not one of AVD_NUM_PROC"),
     ({"NUM_PROCESSES": "two"}, "must be numbers"),
     ({"TIMEOUT": "0"}, "AVD_TIMEOUT=0 is not a number of seconds"),
   ],

@@ -13,13 +13,18 @@ Several processes form one training run where the environment says so:
 AVD_TIMEOUT is how many seconds they wait for each other, 300 if not set.
 """
 
+import contextlib
+import dataclasses
 import json
 import math
 import os
 import re
 import socket
 import threading
+import time
+import uuid
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax._src import distributed  # its store has no public name
@@ -32,6 +37,8 @@ from avd_jax.errors import UserError
 
 VARIABLES = ("AVD_COORDINATOR", "AVD_NUM_PROCESSES", "AVD_PROCESS_ID")
 CACHE = Path("~/.cache/avd_jax/jax").expanduser()
+# Seconds in which a network's disk shows what another machine has written.
+PATIENCE = 10
 
 
 def start(several: bool = False) -> None:
@@ -174,42 +181,138 @@ def _who_is_missing(seconds: int) -> str:
     )
   return (
     f"{this}: not all {count} processes came to {address} within {seconds} s"
-    " (AVD_TIMEOUT); did all of them start?"
+    " (AVD_TIMEOUT); did all of them start, and is each told that they are"
+    f" {count} (AVD_NUM_PROCESSES), and an AVD_PROCESS_ID of its own?"
   )
 
 
-def agree(config: ConfigDict) -> None:
-  """Makes sure that all processes run the same config, before any compiles.
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Processes that tell each other small things through the coordinator.
 
-  Otherwise they would wait for each other in different programs, for good.
+  Attributes:
+    client: jax's, of the coordinator's store.
+    index: this process.
+    wait: milliseconds in which the others come.
+  """
+
+  client: Any
+  index: int
+  wait: int
+
+  def first(self, name: str, value: Any) -> Any:
+    """Process 0's value, in all of them."""
+    if self.index == 0:
+      self.client.key_value_set(f"avd/{name}", json.dumps(value))
+    text = self.client.blocking_key_value_get(f"avd/{name}", self.wait)
+    return json.loads(text)
+
+  def complaints(self, name: str, complaint: str) -> str:
+    """What all of them complain of, in a line; empty if none does."""
+    directory = f"avd/{name}_complaints/"
+    self.client.key_value_set(f"{directory}{self.index}", complaint)
+    self.client.wait_at_barrier(f"avd/{name}", self.wait)
+    found = dict(self.client.key_value_dir_get(directory))
+    texts = [
+      f"process {key.rpartition('/')[2]}: {text}"
+      for key, text in sorted(found.items())
+      if text
+    ]
+    return " | ".join(texts[:5])
+
+
+def agree(config: ConfigDict, workdir: str | Path) -> None:
+  """Makes sure that all processes are told the same, before any compiles.
+
+  Otherwise they would wait for each other in different programs, or at the
+  first checkpoint, for good.
 
   Raises:
-    UserError: in every process, naming those that differ from process 0, and
-      in which fields.
+    UserError: in every process, naming those that differ from process 0: in
+      which fields of the config, in how many they are, or in the workdir.
   """
   if not jax.distributed.is_initialized():
     return
   state = distributed.global_state
-  client, index = state.client, state.process_id
-  wait = _seconds() * 1000
-  mine = {"jax": jax.__version__, "config": config_lib.to_json(config)}
-  if index == 0:
-    client.key_value_set("avd/first", json.dumps(mine))
-  first = json.loads(client.blocking_key_value_get("avd/first", wait))
+  group = Group(state.client, state.process_id, _seconds() * 1000)
+  mine = {
+    "jax": jax.__version__,
+    "AVD_NUM_PROCESSES": state.num_processes,
+    "config": config_lib.to_json(config),
+  }
+  first = group.first("config", mine)
   lines = config_lib.differences(first, mine, free=())
-  client.key_value_set(f"avd/differs/{index}", "; ".join(lines[:5]))
-  client.wait_at_barrier("avd/agree", wait)
-  found = dict(client.key_value_dir_get("avd/differs/"))
-  differing = [
-    f"process {key.rpartition('/')[2]}: {text}"
-    for key, text in sorted(found.items())
-    if text
-  ]
+  differing = group.complaints("config", "; ".join(lines[:5]))
   if differing:
     raise UserError(
       "all processes must run the same command, but these differ from process"
-      f" 0 ({' | '.join(differing[:5])})"
+      f" 0 ({differing})"
     )
+  share_workdir(group, Path(workdir).absolute())
+
+
+def share_workdir(group: Group, workdir: Path) -> None:
+  """Makes sure that all processes see one workdir, which process 0 makes.
+
+  Raises:
+    UserError: in every process, naming those that see another directory than
+      process 0, or other checkpoints in it.
+  """
+  place = f"{socket.gethostname()}:{workdir}"
+  mark, first, complaint = None, {}, ""
+  if group.index == 0:
+    mark = workdir / f".shared-{uuid.uuid4().hex}"
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+      mark.touch()
+      first = {"place": place, "mark": mark.name, "steps": _newest(workdir)}
+    except OSError as error:
+      complaint = f"cannot write into {place} ({error})"
+  try:
+    first = group.first("workdir", first)
+    if first and group.index:
+      complaint = _not_the_same(workdir, place, first)
+    complaints = group.complaints("workdir", complaint)
+  finally:
+    if mark is not None:
+      with contextlib.suppress(OSError):
+        mark.unlink()
+  if complaints:
+    raise UserError(
+      f"the workdir must be one shared directory, but {complaints}"
+    )
+
+
+def _not_the_same(workdir: Path, place: str, first: dict[str, Any]) -> str:
+  """What a workdir lacks of process 0's; empty if nothing, soon enough."""
+  end = time.monotonic() + PATIENCE
+  while True:
+    try:
+      seen = (workdir / first["mark"]).exists()
+      steps = config_lib.differences(first["steps"], _newest(workdir), free=())
+    except OSError as error:
+      return f"cannot read {place} ({error})"
+    if seen and not steps:
+      return ""
+    if time.monotonic() > end:
+      break
+    time.sleep(0.2)
+  if not seen:
+    return f"{place} is not process 0's {first['place']}"
+  return (
+    f"{place} shows other checkpoints than process 0's ({'; '.join(steps)})"
+  )
+
+
+def _newest(workdir: Path) -> dict[str, int]:
+  """The newest whole checkpoint of each training in a workdir."""
+  newest = {}
+  for pattern in ("", "base/", "round_*/train/"):
+    for path in workdir.glob(f"{pattern}checkpoints"):
+      steps = [int(step.name) for step in path.iterdir() if step.name.isdigit()]
+      if steps:
+        newest[str(path.relative_to(workdir))] = max(steps)
+  return newest
 
 
 def some(config: ConfigDict) -> Mesh | None:

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
 
   config = config_lib.load(args.config, args.overrides)
   devices.start(several=True)
-  devices.agree(config)
+  devices.agree(config, args.workdir)
   try:
     state = loop.train(config, args.workdir, devices.mesh(config))
   except loop.Interrupted as stop:
