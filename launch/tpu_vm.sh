@@ -89,10 +89,13 @@ run() {
   fi
 }
 
+quoted="'\\''" # a quote among quotes
 on() { # WORKER COMMAND
   local ssh=(gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" "--worker=$1")
   if [[ -n $dry ]]; then
-    echo "${ssh[*]} --command='$2'"
+    # Lines stay lines, which %q would not leave them.
+    printf '%q ' "${ssh[@]}"
+    printf "%s'%s'\n" --command= "${2//\'/"$quoted"}"
   else
     "${ssh[@]}" "--command=$2"
   fi
