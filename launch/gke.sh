@@ -7,7 +7,7 @@
 #   launch/gke.sh gpu --name RUN --image IMAGE --claim CLAIM \
 #     --accelerator nvidia-h100-80gb --hosts 2 [--chips 8] ...
 #
-#   --name         of the run: lower case, digits and dashes
+#   --name         of the run: lower case, digits and dashes, at most 40
 #   --image        built from Dockerfile.tpu or .gpu (or the variable IMAGE)
 #   --claim        a PersistentVolumeClaim that many pods may write to, mounted
 #                  at /runs: give --workdir /runs/... (or the variable CLAIM)
@@ -57,33 +57,51 @@ done
 if [[ ${1-} == -- ]]; then shift; fi
 
 [[ -n $NAME ]] || fail "--name is missing"
-[[ $NAME =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] \
-  || fail "--name $NAME: lower case, digits and dashes"
+# What JobSet appends for a pod's name makes it longer, and 63 is the end.
+[[ $NAME =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] \
+  || fail "--name $NAME: lower case, digits and dashes, at most 40, a letter" \
+    "first and no dash last"
 [[ -n $IMAGE ]] || fail "--image (or the variable IMAGE) is missing"
 [[ -n $CLAIM ]] || fail "--claim (or the variable CLAIM) is missing"
 [[ -n $ACCELERATOR ]] || fail "--accelerator is missing"
 if [[ $kind == tpu ]]; then
-  [[ $TOPOLOGY =~ ^[0-9]+(x[0-9]+){1,2}$ ]] \
+  [[ $TOPOLOGY =~ ^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}$ ]] \
     || fail "--topology is missing, or not as 4x4 or 2x2x4"
 else
   [[ -n $HOSTS ]] || fail "--hosts is missing"
 fi
-for number in "$CHIPS" "$SLICES" "$RESTARTS" "${HOSTS:-1}"; do
-  [[ $number =~ ^[0-9]+$ ]] || fail "$number is not a number"
+for option in "chips $CHIPS" "slices $SLICES" "hosts ${HOSTS:-1}"; do
+  [[ ${option#* } =~ ^[1-9][0-9]{0,8}$ ]] || fail "--$option: give 1, 2, ..."
 done
+[[ $RESTARTS =~ ^(0|[1-9][0-9]{0,8})$ ]] \
+  || fail "--restarts $RESTARTS: give 0, 1, 2, ..."
 if [[ $kind == tpu ]]; then
   chips=$((${TOPOLOGY//x/*}))
-  ((CHIPS && chips % CHIPS == 0)) \
+  ((chips % CHIPS == 0)) \
     || fail "--topology $TOPOLOGY is not made of machines of --chips $CHIPS"
   HOSTS=$((chips / CHIPS))
 fi
 (($#)) || fail "no command; such as: -- avd train --config FILE --workdir DIR"
 
-# As YAML takes it: a list of quoted strings.
+# What stands for a string between double quotes in YAML.
+escaped() {
+  local text=${1//\\/\\\\}
+  text=${text//\"/\\\"}
+  text=${text//$'\n'/\\n}
+  text=${text//$'\r'/\\r}
+  text=${text//$'\t'/\\t}
+  [[ $text != *[[:cntrl:]]* ]] || fail "$(printf %q "$1"): a control character"
+  printf %s "$text"
+}
+
+IMAGE=$(escaped "$IMAGE")
+CLAIM=$(escaped "$CLAIM")
+ACCELERATOR=$(escaped "$ACCELERATOR")
 COMMAND=''
 for word in "$@"; do
-  word=${word//\\/\\\\}
-  COMMAND+="${COMMAND:+, }\"${word//\"/\\\"}\""
+  # Kubernetes has variables of its own, $(NAME), and takes $$ for $.
+  word=$(escaped "${word//\$/\$\$}")
+  COMMAND+="${COMMAND:+, }\"$word\""
 done
 COMMAND="[$COMMAND]"
 

@@ -22,7 +22,10 @@ restarts=0 dry=
 while [[ ${1-} == --* ]]; do
   case $1 in
     --restarts)
-      [[ ${2-} =~ ^[0-9]+$ ]] || usage
+      if [[ ! ${2-} =~ ^(0|[1-9][0-9]{0,8})$ ]]; then
+        echo "error: --restarts ${2-}: give 0, 1, 2, ..." >&2
+        exit 2
+      fi
       restarts=$2
       shift 2
       ;;

@@ -49,6 +49,9 @@ if [[ ${1-} == -- ]]; then shift; fi
 for place in project zone cluster image; do
   [[ -n ${!place} ]] || fail "--$place (or the variable ${place^^}) is missing"
 done
+[[ $slices =~ ^[1-9][0-9]{0,8}$ ]] || fail "--slices $slices: give 1, 2, ..."
+[[ $restarts =~ ^(0|[1-9][0-9]{0,8})$ ]] \
+  || fail "--restarts $restarts: give 0, 1, 2, ..."
 (($#)) || fail "no command; such as: -- avd train --config FILE --workdir DIR"
 
 # xpk hands the command to a shell, and SIGTERM to that shell's child: hence

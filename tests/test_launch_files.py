@@ -12,45 +12,16 @@ from pathlib import Path
 import programs
 import pytest
 import yaml
+from launchers import COMMAND, GPU, LAUNCH, TPU, dry_run, run
 
-LAUNCH = programs.ROOT / "launch"
 SCRIPTS = ("local.sh", "slurm.sbatch", "gke.sh", "xpk.sh", "tpu_vm.sh")
 # Beside this Python, whether or not its environment is active.
 SHELLCHECK = shutil.which(
   "shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 )
-# Words that a shell, YAML or a template would take for their own.
-COMMAND = ["avd", "train", "--config=a b", "--workdir", '/runs/$x "y" \\ &']
 PLACE = {"PROJECT": "p", "ZONE": "z", "CLUSTER": "c", "IMAGE": "i"}
-TPU = (
-  "tpu", "--name", "run-1", "--accelerator", "tpu-v6e-slice",
-  "--topology", "4x4",
-)  # fmt: skip
-GPU = (
-  "gpu", "--name", "run-1", "--accelerator", "nvidia-h100-80gb",
-  "--hosts", "2",
-)  # fmt: skip
 XPK = ("--name", "run-1", "--type", "v6e-16")
-
-
-def run(script, *arguments, **variables):
-  """A script, with no variables but those given, and no program in reach.
-
-  Nothing can be started by it, should --dry-run fail to hold it back.
-  """
-  return subprocess.run(
-    [shutil.which("bash"), str(LAUNCH / script), *arguments],
-    env={"PATH": "/nowhere"} | variables,
-    stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20,
-  )  # fmt: skip
-
-
-def dry_run(script, *arguments, command=COMMAND, **variables):
-  rest = ["--", *command] if command else []
-  done = run(script, *arguments, "--dry-run", *rest, **variables)
-  assert done.returncode == 0, done.stderr
-  assert not done.stderr
-  return done.stdout
+KUBERNETES = {"IMAGE": "i", "CLAIM": "c"}
 
 
 @pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
@@ -76,11 +47,9 @@ def test_every_script_is_checked():
 @pytest.mark.parametrize(
   ("script", "arguments", "variables", "message"),
   [
-    ("local.sh", ["--restarts", "x", "2", "true"], {}, "usage:"),
     ("local.sh", ["2", "--"], {}, "usage:"),
     ("slurm.sbatch", [], {}, "error: no command"),
     ("slurm.sbatch", ["--restarts", "--", "avd"], {}, "--restarts needs a"),
-    ("slurm.sbatch", ["--restarts", "x", "avd"], {}, "x is not a number"),
     ("slurm.sbatch", ["--node", "2"], {}, "unknown option --node"),
     ("slurm.sbatch", ["--", "avd"], {}, "submit it with sbatch"),
     ("gke.sh", ["cpu"], {}, "say tpu or gpu first"),
@@ -88,13 +57,13 @@ def test_every_script_is_checked():
     ("gke.sh", ["tpu", "--name", "A_b"], {}, "--name A_b: lower case"),
     ("gke.sh", TPU, {}, "--image (or the variable IMAGE) is missing"),
     ("gke.sh", TPU, {"IMAGE": "i"}, "--claim (or the variable CLAIM) is"),
-    ("gke.sh", GPU[:-2], {"IMAGE": "i", "CLAIM": "c"}, "--hosts is missing"),
-    ("gke.sh", TPU[:-2], {"IMAGE": "i", "CLAIM": "c"}, "--topology is missing"),
+    ("gke.sh", GPU[:-2], KUBERNETES, "--hosts is missing"),
+    ("gke.sh", TPU[:-2], KUBERNETES, "--topology is missing"),
     (
       "gke.sh", [*TPU, "--chips", "3"], {"IMAGE": "i", "CLAIM": "c"},
       "4x4 is not made of machines of --chips 3",
     ),
-    ("gke.sh", GPU, {"IMAGE": "i", "CLAIM": "c"}, "no command"),
+    ("gke.sh", GPU, KUBERNETES, "no command"),
     ("gke.sh", [*GPU, "--topology", "4"], {}, "--topology for gpu"),
     ("xpk.sh", XPK, {}, "--project (or the variable PROJECT) is missing"),
     ("xpk.sh", XPK, {"PROJECT": "p"}, "--zone (or the variable ZONE) is"),
@@ -112,6 +81,52 @@ def test_what_is_missing_is_named(script, arguments, variables, message):
   assert done.returncode == 2
   assert message in done.stderr
   assert "usage: " in done.stderr
+  assert not done.stdout
+
+
+COUNT, MAYBE = ": give 1, 2, ...", ": give 0, 1, 2, ..."
+NUMBERS = [
+  ("local.sh", ["2", "true"], "--restarts", MAYBE),
+  ("slurm.sbatch", [], "--restarts", MAYBE),
+  ("xpk.sh", XPK, "--restarts", MAYBE),
+  ("xpk.sh", XPK, "--slices", COUNT),
+  ("gke.sh", TPU, "--restarts", MAYBE),
+  ("gke.sh", TPU, "--slices", COUNT),
+  ("gke.sh", TPU, "--chips", COUNT),
+  ("gke.sh", GPU, "--chips", COUNT),
+  ("gke.sh", GPU, "--hosts", COUNT),
+]
+
+
+@pytest.mark.parametrize("value", ["08", "x", "-1", "1.5", "0", "9" * 20])
+@pytest.mark.parametrize(("script", "first", "option", "message"), NUMBERS)
+def test_numbers_are_numbers(script, first, option, message, value):
+  """Bash takes 08 for a bad octal number, in a condition for just false."""
+  # Of local.sh, options stand first; of gke.sh, the kind.
+  given = [option, value, "--dry-run", *first]
+  if script == "gke.sh":
+    given = [*first, option, value, "--dry-run"]
+  done = run(script, *given, "--", "true", **PLACE, CLAIM="c")
+  if value == "0" and message == MAYBE:
+    assert done.returncode == 0, done.stderr
+    return
+  assert done.returncode == 2
+  assert done.stderr.splitlines()[0] == f"error: {option} {value}{message}"
+  assert not done.stdout
+
+
+@pytest.mark.parametrize(
+  ("option", "value"),
+  [
+    ("--topology", "0x4"), ("--topology", "08x08"), ("--topology", "4"),
+    ("--name", "a" * 41), ("--name", "a-"), ("--name", "1a"),
+    ("--image", "i\x1bj"),
+  ],
+)  # fmt: skip
+def test_what_kubernetes_would_refuse_is_refused(option, value):
+  done = run("gke.sh", *TPU, option, value, "--", "avd", **KUBERNETES)
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: ")
   assert not done.stdout
 
 
@@ -200,81 +215,6 @@ def test_a_real_slurm_takes_it():
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   assert re.search(r"Job \d+ to start at", done.stderr)
-
-
-def jobset(*arguments):
-  """The filled-in JobSet, its only job, that job's pod and container."""
-  filled = yaml.safe_load(
-    dry_run("gke.sh", *arguments, IMAGE="host/img:1", CLAIM="runs")
-  )
-  (replicated,) = filled["spec"]["replicatedJobs"]
-  job = replicated["template"]["spec"]
-  pod = job["template"]["spec"]
-  (container,) = pod["containers"]
-  return filled, replicated, job, pod, container
-
-
-@pytest.mark.parametrize("kind", [TPU, GPU], ids=["tpu", "gpu"])
-def test_a_jobset_restarts_all_but_mistakes(kind):
-  filled, _, job, pod, container = jobset(*kind, "--restarts", "5")
-  assert filled["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
-  assert filled["kind"] == "JobSet"
-  assert filled["metadata"]["name"] == "run-1"
-  policy = filled["spec"]["failurePolicy"]
-  assert policy["maxRestarts"] == 5
-  (rule,) = policy["rules"]
-  assert rule["action"] == "FailJobSet"
-  assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
-  (fatal,) = job["podFailurePolicy"]["rules"]
-  assert fatal["action"] == "FailJob"
-  assert fatal["onExitCodes"] == {
-    "containerName": container["name"], "operator": "In", "values": [2],
-  }  # fmt: skip
-  # Both are conditions of a podFailurePolicy, and of restarting as a whole.
-  assert pod["restartPolicy"] == "Never"
-  assert job["backoffLimit"] == 0
-
-
-@pytest.mark.parametrize("kind", [TPU, GPU], ids=["tpu", "gpu"])
-def test_a_pod_runs_the_command_beside_the_volume(kind):
-  _, _, _, pod, container = jobset(*kind)
-  assert container["command"] == COMMAND
-  assert container["image"] == "host/img:1"
-  volumes = {v["name"]: v for v in pod["volumes"]}
-  mounts = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
-  claim = volumes[mounts["/runs"]]["persistentVolumeClaim"]
-  assert claim == {"claimName": "runs"}
-  assert volumes[mounts["/dev/shm"]]["emptyDir"] == {"medium": "Memory"}
-
-
-def test_tpu_pods_stand_on_their_slices():
-  _, replicated, job, pod, container = jobset(*TPU, "--slices", "2")
-  assert replicated["replicas"] == 2
-  assert job["parallelism"] == job["completions"] == 4
-  assert pod["nodeSelector"] == {
-    "cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice",
-    "cloud.google.com/gke-tpu-topology": "4x4",
-  }
-  assert container["resources"]["limits"] == {"google.com/tpu": 4}
-  assert {"name": "AVD_COORDINATOR", "value": "auto"} in container["env"]
-
-
-def test_gpu_pods_find_the_first_through_the_service():
-  filled, replicated, job, pod, container = jobset(*GPU, "--chips", "4")
-  assert job["parallelism"] == job["completions"] == 2
-  assert job["completionMode"] == "Indexed"
-  assert container["resources"]["limits"] == {"nvidia.com/gpu": 4}
-  selected = pod["nodeSelector"]["cloud.google.com/gke-accelerator"]
-  assert selected == "nvidia-h100-80gb"
-  network = filled["spec"]["network"]
-  assert network["enableDNSHostnames"]
-  told = {variable["name"]: variable for variable in container["env"]}
-  # JobSet's name of pod 0 of job 0, in its headless service.
-  first = f"run-1-{replicated['name']}-0-0.{network['subdomain']}"
-  assert told["AVD_COORDINATOR"]["value"] == f"{first}:8476"
-  assert told["AVD_NUM_PROCESSES"]["value"] == "2"
-  field = told["AVD_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
-  assert field.endswith("['batch.kubernetes.io/job-completion-index']")
 
 
 def test_xpk_is_given_the_run():
@@ -367,6 +307,31 @@ def test_a_tpu_slice_runs_the_command_on_all_hosts(tmp_path, state):
   assert (
     "--entrypoint\n" + "\n".join(["avd", "host/img", *COMMAND[1:]]) in start
   )
+
+
+@pytest.mark.parametrize("job", ["run", "attach", "stop"])
+def test_a_dry_run_of_a_tpu_slice_can_be_pasted(tmp_path, job):
+  (tmp_path / "gcloud").write_text(
+    "#!/usr/bin/env bash\n"
+    """printf '%s\\0' "$@" end >> "$CALLS"; echo ACTIVE\n"""
+  )
+  (tmp_path / "gcloud").chmod(0o755)
+  given = [job, *NAMED[2:], "--name", "a b'c"]
+  if job == "run":
+    words = ["bash", "-c", "echo 'a'\n\techo \"b\" \\ $x"]
+    given += ["--image", "host/img", "--bucket", "b", "--", *words]
+  printed = run("tpu_vm.sh", job, "--dry-run", *given[1:])
+  assert printed.returncode == 0, printed.stderr
+  calls = []
+  for script in ([LAUNCH / "tpu_vm.sh", *given], ["-c", printed.stdout]):
+    told = tmp_path / f"calls_{len(calls)}"
+    subprocess.run(
+      ["bash", *script], check=True, stdout=subprocess.DEVNULL,
+      env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(told)},
+    )  # fmt: skip
+    calls.append(told.read_text())
+  assert calls[0].count("--command=") == {"run": 3}.get(job, 1)
+  assert calls[0] == calls[1]
 
 
 def test_the_mount_names_the_bucket():
