@@ -1,5 +1,6 @@
 """JobSets, as launch/gke.sh fills them in."""
 
+import copy
 import re
 
 import pytest
@@ -84,6 +85,49 @@ def test_words_that_yaml_knows_stay_strings(kind, word):
   assert container["image"] == "1.5"
   assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": word}
   assert "0x1: #" in pod["nodeSelector"].values()
+
+
+def refusal(filled):
+  """What the schema has against a JobSet; None if nothing."""
+  models = pytest.importorskip("kubeflow_trainer_api.models")
+  try:
+    # Fields that it does not know, it drops.
+    known = models.JobsetV1alpha2JobSet.from_dict(copy.deepcopy(filled))
+    return None if known.to_dict() == filled else "unknown or empty fields"
+  except ValueError as error:
+    return str(error)
+
+
+@KINDS
+def test_the_schema_takes_it(kind):
+  """JobSet's own schema, and Kubernetes' of the pods in it.
+
+  It knows fields and their types. It does not know which words a field takes
+  (those above are compared), what depends on what, the rules of the webhooks
+  by which a cluster's JobSet and GKE refuse more, or older versions of both.
+  """
+  filled, _, job, pod, container = jobset(*kind)
+  assert refusal(filled) is None
+  for part, name, value in (
+    (filled["metadata"], "name", True),
+    (filled["spec"], "suspended", True),
+    (filled["spec"]["failurePolicy"], "maxRestarts", "20"),
+    (job, "parallelism", 1.5),
+    (job, "parallel", 2),
+    (pod, "restartPolicy", None),
+    (pod, "nodeSelector", {"a": 4}),
+    (pod, "terminationGracePeriod", 120),
+    (container, "command", "avd train"),
+    (container["env"][0], "value", 1),
+    (container["volumeMounts"][0], "path", "/runs"),
+    (pod["volumes"][0]["persistentVolumeClaim"], "claim", "runs"),
+  ):
+    before = dict(part)
+    part[name] = value
+    assert refusal(filled), (name, value)
+    part.clear()
+    part.update(before)
+  assert refusal(filled) is None
 
 
 def test_tpu_pods_stand_on_their_slices():
