@@ -255,10 +255,11 @@ def test_a_torn_checkpoint_is_named(part, trained, tmp_path, capsys):
 
 def test_a_trained_world_is_sampled_and_evaluated(trained, tmp_path):
   out = tmp_path / "clip.mkv"
+  out.write_text("a video of before")
   done = programs.run(
     *programs.AVD, "sample", "--workdir", trained, "--out", out, "--given", "2",
     "--frames", "6", "--guidance", "2", "--prompt", "one ball",
-    "--prompt", "two balls@0.3s", "--scale", "2",
+    "--prompt", "two balls@0.3s", "--scale", "2", "--overwrite",
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   assert f"wrote {out}: 6 frames, the first 2 given" in done.stdout

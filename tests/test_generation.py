@@ -377,7 +377,7 @@ def test_what_generation_refuses(
   video.write_video(clip, film(21), 16)
   whole = ("--video", clip, "--given", "21")  # two chunks
   (tmp_path / "file").write_text("")
-  before = set(tmp_path.iterdir())
+  before = {file: file.read_bytes() for file in tmp_path.iterdir()}
   ours = ("--workdir", wan_ckpt, "--prompt", "a")
   for words, message in (
     (("--workdir", wan_ckpt), "give --prompt"),
@@ -408,6 +408,8 @@ def test_what_generation_refuses(
     ((*ours, "--video", tmp_path / "file"), "--video needs --given"),
     ((*ours, "--out", tmp_path / "file" / "x.mp4"), "Not a directory"),
     ((*ours, "--out", tmp_path / "x.avi"), "x.avi: give one of"),
+    ((*ours, "--out", clip), "a.mkv exists: give another file, or --overwrite"),
+    ((*ours, *whole, "--out", clip, "--overwrite"), "a.mkv is --video itself"),
     ((*ours, *whole, "--config.sampling.recompute=2"), "2 given chunks fill"),
     ((*ours, *SIZE, "--config.mesh.context=4"), "18 tokens of a chunk are"),
     ((*ours, "--config.mesh.tensor=16"), "does not fit 8 devices"),
@@ -420,7 +422,8 @@ def test_what_generation_refuses(
     line = capsys.readouterr().err
     assert message in line, line
     assert line.count("\n") == 1
-  assert set(tmp_path.iterdir()) == before
+  after = {file: file.read_bytes() for file in tmp_path.iterdir()}
+  assert after == before
 
 
 def test_a_streamed_decoding_is_the_whole_one(wan_ckpt):

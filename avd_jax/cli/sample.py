@@ -3,10 +3,7 @@
   avd sample --workdir runs/x --out clip.mp4 --given 4 --frames 200
   avd sample --workdir ckpt --out a.mp4 --prompt "a boat" --prompt "a storm@5s"
 
-A workdir is a run, or what `avd import-wan` wrote; a run on latents needs --wan
-beside it. @5s: from the first chunk that begins then, or later. Without --video
-given frames are of a held-out video. --out: .mp4 (plays while it grows), .gif,
-.webp, .mkv. --config.X=V: sampling.*, model.attention.*, mesh.tensor, .context.
+--config.X=V: sampling.*, model.attention.*, mesh.tensor, mesh.context.
 """
 
 import argparse
@@ -16,8 +13,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.usage = "avd sample --workdir RUN --out FILE [options]"
   add = parser.add_argument
   add("--workdir", required=True, help="a run, or an imported checkpoint")
-  add("--out", required=True, help="file to write")
-  add("--prompt", action="append", metavar="TEXT[@5s]", help="may be repeated")
+  add(
+    "--out",
+    required=True,
+    help=".mp4 (plays while it grows), .gif, .webp or .mkv",
+  )
+  add("--overwrite", action="store_true", help="--out may exist")
+  add(
+    "--prompt",
+    action="append",
+    metavar="TEXT[@5s]",
+    help="from the first chunk that begins at 5s or later",
+  )
   add(
     "--prompts", metavar="JSON", help='list of {"at": seconds, "prompt": ...}'
   )
@@ -26,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--seconds", type=float, help="length")
   add("--height", type=int, help="of a frame (default: training's)")
   add("--width", type=int, help="of a frame (default: training's)")
-  add("--given", type=int, help="real first frames")
+  add("--given", type=int, help="first frames of --video, or of a held-out one")
   add("--video", metavar="FILE", help="video or image; its frames are given")
   add("--index", type=int, default=0, help="held-out video")
   add("--wan", metavar="CKPT", help="VAE and text encoder of a run on latents")
@@ -89,7 +96,7 @@ def _request(args):
       name: getattr(args, name)
       for name in (
         *("frames", "seconds", "height", "width", "given", "index"),
-        *("wan", "steps", "guidance", "fps", "scale", "seed"),
+        *("wan", "steps", "guidance", "fps", "scale", "seed", "overwrite"),
       )
     },
   )

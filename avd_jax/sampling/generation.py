@@ -50,6 +50,7 @@ class Request:
     fps: of the file; prompts' times are counted by it.
     scale: whole factor to enlarge pixels by.
     seed: of the noise.
+    overwrite: `out` may exist, and is replaced.
   """
 
   workdir: str
@@ -70,6 +71,7 @@ class Request:
   fps: float | None = None
   scale: int | None = None
   seed: int = 0
+  overwrite: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +128,7 @@ def plan(request: Request) -> Plan:
     UserError: whatever is; nothing was computed or written.
   """
   _check_numbers(request)
-  try:
-    video_stream.check_writable(request.out)
-  except UserError as error:
-    raise UserError(f"--out {error}") from error
+  _check_out(request)
   config = loading.read_config(
     request.workdir, request.overrides, request.frames or 0
   )
@@ -188,6 +187,20 @@ def _check_numbers(request: Request) -> None:
       raise UserError(f"--{name} {value}: must be positive and finite")
   if request.frames is not None and request.seconds is not None:
     raise UserError("--frames and --seconds both say how long: give one")
+
+
+def _check_out(request: Request) -> None:
+  try:
+    video_stream.check_writable(request.out)
+  except UserError as error:
+    raise UserError(f"--out {error}") from error
+  out, file = Path(request.out), Path(request.file or "")
+  if not out.exists():
+    return
+  if request.file and file.exists() and out.samefile(file):
+    raise UserError(f"--out {out} is --video itself: give another file")
+  if not request.overwrite:
+    raise UserError(f"--out {out} exists: give another file, or --overwrite")
 
 
 def _frames(
