@@ -328,7 +328,7 @@ def test_wan_extends_a_video_under_two_prompts(
 
 
 def test_wan_goes_on_from_an_image_in_a_run_on_latents(
-  wan_ckpt, on_latents, tmp_path
+  wan_ckpt, on_latents, tmp_path, capsys
 ):
   """The same weights make the same video; texts and VAE are from --wan."""
   image = tmp_path / "boat.png"
@@ -336,6 +336,8 @@ def test_wan_goes_on_from_an_image_in_a_run_on_latents(
   words = ("--prompt", "a boat", "--frames", 2, "--video", image, *SIZE)
   first, second = tmp_path / "a.mkv", tmp_path / "b.mkv"
   assert not sample("--workdir", wan_ckpt, "--out", first, *words)
+  told = capsys.readouterr().out
+  assert "boat.png is 48x40, the video 48x32: 20.0 % of its height is" in told
   words += ("--workdir", on_latents, "--wan", wan_ckpt, "--guidance", 5)
   assert not sample("--out", second, *words)
   films = [video.read_clip(path, 0, 2) for path in (first, second)]
@@ -404,6 +406,10 @@ def test_what_generation_refuses(
     ((*ours, "--video", clip, "--given", "25"), "asked for 25 frames"),
     ((*ours, "--video", image, "--given", "5"), "is an image, 1 frame"),
     ((*ours, "--video", image, "--frames", "1"), "1 are given: nothing is"),
+    (
+      (*ours, "--video", image, "--fit", "refuse"),
+      "a.png is 48x32, the video 832x480: 13.5 % of its height would be",
+    ),
     ((*ours, "--video", "no.png"), "no.png: no such file"),
     ((*ours, "--video", tmp_path / "file"), "--video needs --given"),
     ((*ours, "--out", tmp_path / "file" / "x.mp4"), "Not a directory"),

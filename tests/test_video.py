@@ -539,3 +539,12 @@ def test_tfds_refuses_with_one_line(tfds_folder, change, says):
   with pytest.raises(UserError, match=says) as caught:
     sources.TfdsSource(**options)
   assert "\n" not in str(caught.value)
+
+
+def test_what_a_crop_costs_is_told():
+  assert video.cropped((480, 832), (480, 832)) == (0, 0)
+  assert video.cropped((960, 1664), (480, 832)) == (0, 0)
+  assert video.cropped((800, 400), (400, 400)) == (0.5, 0)
+  assert video.cropped((90, 120), (30, 10)) == (0, 0.75)
+  # A fraction of a pixel is how sizes are rounded, not a cut.
+  assert video.cropped((481, 833), (480, 832)) == (0, 0)

@@ -35,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--width", type=int, help="of a frame (default: training's)")
   add("--given", type=int, help="first frames of --video, or of a held-out one")
   add("--video", metavar="FILE", help="video or image; its frames are given")
+  add(
+    "--fit",
+    choices=("crop", "refuse"),
+    default="crop",
+    help="given frames of another shape (default: crop)",
+  )
   add("--index", type=int, default=0, help="held-out video")
   add("--wan", metavar="CKPT", help="VAE and text encoder of a run on latents")
   add("--seed", type=int, default=0, help="of the noise")
@@ -53,6 +59,8 @@ def run(args: argparse.Namespace) -> None:
   request = _request(args)
   devices.start()
   plan = generation.plan(request)
+  for note in plan.notes:
+    print(note)
   mesh = devices.some(plan.config)
   written = 0
   # Not before there is something to show: what is wrong shows at once.
@@ -96,7 +104,16 @@ def _request(args):
       name: getattr(args, name)
       for name in (
         *("frames", "seconds", "height", "width", "given", "index"),
-        *("wan", "steps", "guidance", "fps", "scale", "seed", "overwrite"),
+        *(
+          "wan",
+          "steps",
+          "guidance",
+          "fps",
+          "scale",
+          "seed",
+          "overwrite",
+          "fit",
+        ),
       )
     },
   )

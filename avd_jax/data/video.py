@@ -134,6 +134,26 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     ) from error
 
 
+def cropped(
+  have: tuple[int, int], wanted: tuple[int, int]
+) -> tuple[float, float]:
+  """Shares of height and width that `resize_crop` cuts off.
+
+  Args:
+    have: (height, width) of a video.
+    wanted: the same, of what it becomes.
+
+  Returns:
+    Two numbers in [0, 1); less than a pixel of the video is 0.
+  """
+  scale = max(to / side for to, side in zip(wanted, have, strict=True))
+  height, width = (
+    (side - to / scale) / side if side - to / scale >= 1 else 0.0
+    for to, side in zip(wanted, have, strict=True)
+  )
+  return height, width
+
+
 def resize_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
   """Scales to cover height x width, then crops the centre; antialiased.
 

@@ -51,6 +51,7 @@ class Request:
     scale: whole factor to enlarge pixels by.
     seed: of the noise.
     overwrite: `out` may exist, and is replaced.
+    fit: "crop" or "refuse" given frames of another shape than the video's.
   """
 
   workdir: str
@@ -72,6 +73,7 @@ class Request:
   scale: int | None = None
   seed: int = 0
   overwrite: bool = False
+  fit: str = "crop"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Plan:
     clip: given frames [k H W 3], uint8 or float in [-1, 1].
     texts: what is said, of all prompts.
     starts: the chunk from which each is.
+    notes: lines on what is not used as it was given.
   """
 
   request: Request
@@ -101,6 +104,7 @@ class Plan:
   clip: np.ndarray
   texts: tuple[str, ...]
   starts: tuple[int, ...]
+  notes: tuple[str, ...] = ()
 
   @property
   def latents(self) -> int:
@@ -150,7 +154,8 @@ def plan(request: Request) -> Plan:
   space = spaces.of(config, request.workdir, request.wan)
   size = space.size(request.height, request.width)
   fps = space.fps if request.fps is None else request.fps
-  clip, caption = _given(request, config, space, size)
+  clip, caption = _given(request, config, space)
+  clip, notes = _fitted(request, clip, size)
   frames = _frames(request, space, len(clip), fps)
   prompts = list(request.prompts) or [_unsaid(request, config, caption)]
   chunk = config.model.chunk_frames
@@ -170,6 +175,7 @@ def plan(request: Request) -> Plan:
     clip,
     tuple(prompt.text for prompt in prompts),
     starts,
+    notes,
   )
   _check_texts(found)
   _ = found.room
@@ -227,10 +233,7 @@ def _scale(request: Request, config: ConfigDict, size: tuple[int, int]) -> int:
 
 
 def _given(
-  request: Request,
-  config: ConfigDict,
-  space: spaces.Space,
-  size: tuple[int, int],
+  request: Request, config: ConfigDict, space: spaces.Space
 ) -> tuple[np.ndarray, str]:
   """The given frames [k H W 3] and the caption that comes with them."""
   image = Path(request.file or "").suffix.lower() in video.IMAGES
@@ -239,7 +242,7 @@ def _given(
     count = 1 if image else 0
   space.check_given(count)
   if request.file is None:
-    return _held_out(request, config, count, size)
+    return _held_out(request, config, count)
   if image:
     if count != 1:
       raise UserError(f"--given {count}: {request.file} is an image, 1 frame")
@@ -254,14 +257,14 @@ def _given(
     if rate:
       stride = max(1, round(video.probe(request.file).fps / rate))
     clip = video.read_clip(request.file, 0, count, stride)
-  return video.resize_crop(clip, *size), ""
+  return clip, ""
 
 
 def _held_out(
-  request: Request, config: ConfigDict, count: int, size: tuple[int, int]
+  request: Request, config: ConfigDict, count: int
 ) -> tuple[np.ndarray, str]:
   if not count:
-    return np.zeros((0, *size, 3), np.uint8), ""
+    return np.zeros((0, 1, 1, 3), np.uint8), ""
   data = config_lib.typed(pipeline.DataConfig, config.data)
   if config.model.text == "embeddings":
     raise UserError(f"--given {count}: of which video or image? Give --video")
@@ -273,10 +276,36 @@ def _held_out(
   if not 0 <= request.index < len(source):
     raise UserError(f"--index {request.index}: there are {len(source)} videos")
   record = source[request.index]
-  clip = record["video"][:count]
-  if clip.shape[1:3] != size:
-    clip = video.resize_crop(video.to_uint8(clip), *size)
-  return clip, record["caption"]
+  return record["video"][:count], record["caption"]
+
+
+def _fitted(
+  request: Request, clip: np.ndarray, size: tuple[int, int]
+) -> tuple[np.ndarray, tuple[str, ...]]:
+  """The given frames in the video's size, and what is to be said of it."""
+  if clip.shape[1:3] == size:
+    return clip, ()
+  if not len(clip):
+    return np.zeros((0, *size, 3), np.uint8), ()
+  height, width = clip.shape[1:3]
+  notes = ()
+  for side, lost in zip(
+    ("height", "width"), video.cropped((height, width), size), strict=True
+  ):
+    if not lost:
+      continue
+    what = request.file or f"held-out video {request.index}"
+    note = (
+      f"{what} is {width}x{height}, the video {size[1]}x{size[0]}:"
+      f" {100 * lost:.1f} % of its {side}"
+    )
+    if request.fit == "refuse":
+      raise UserError(
+        f"{note} would be cropped; give another --height and --width, or"
+        " --fit crop"
+      )
+    notes = (f"{note} is cropped, half at either end",)
+  return video.resize_crop(video.to_uint8(clip), *size), notes
 
 
 def _unsaid(request: Request, config: ConfigDict, caption: str) -> Prompt:
