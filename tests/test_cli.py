@@ -207,7 +207,7 @@ def test_a_workdir_of_another_config_names_the_fields(trained, capsys):
   [
     (["--out", "x.avi"], "--out x.avi: give one of .gif, .mkv, .mp4, .webp"),
     (["--out", "x"], "--out x: give one of"),
-    (["--prompt", "a" * 33], "caption of 33 bytes does not fit text_length=32"),
+    (["--prompt", "a" * 33], "it has 33 bytes, at most 32 fit: 1 would"),
     (["--given", "9"], "--given 9: the run's clips have 3 frames"),
     (["--given", "-1"], "--given -1: at least 0"),
     (["--given", "2", "--frames", "2"], "nothing is left to make"),
@@ -259,10 +259,12 @@ def test_a_trained_world_is_sampled_and_evaluated(trained, tmp_path):
   done = programs.run(
     *programs.AVD, "sample", "--workdir", trained, "--out", out, "--given", "2",
     "--frames", "6", "--guidance", "2", "--prompt", "one ball",
-    "--prompt", "two balls@0.3s", "--scale", "2", "--overwrite",
+    "--prompt", f"two {'b' * 30}@0.3s", "--scale", "2", "--overwrite",
+    "--cut-prompts",
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   assert f"wrote {out}: 6 frames, the first 2 given" in done.stdout
+  assert "it has 34 bytes, at most 32 fit: 2 are cut" in done.stdout
   assert video.probe(out)[0] == 6
   assert video.probe(out)[2:] == (24, 24)
 

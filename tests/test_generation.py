@@ -387,7 +387,7 @@ def test_what_generation_refuses(
     ((*ours, "--wan", tmp_path), "has no vae: avd import-wan"),
     (
       ("--workdir", wan_ckpt, "--prompt", "x " * 600),
-      "tokens, at most 512 fit",
+      "would be cut; shorten it, or --cut-prompts",
     ),
     ((*ours, "--prompt", "b"), "'b' is not the first"),
     ((*ours, "--prompt", "b@9s"), "too late: the last chunk begins at 4.3"),

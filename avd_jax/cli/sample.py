@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--prompts", metavar="JSON", help='list of {"at": seconds, "prompt": ...}'
   )
   add("--negative-prompt", metavar="P", help="what guidance leads away from")
+  add("--cut-prompts", action="store_true", help="those that are too long")
   add("--frames", type=int, help="length (default: training's)")
   add("--seconds", type=float, help="length")
   add("--height", type=int, help="of a frame (default: training's)")
@@ -104,16 +105,8 @@ def _request(args):
       name: getattr(args, name)
       for name in (
         *("frames", "seconds", "height", "width", "given", "index"),
-        *(
-          "wan",
-          "steps",
-          "guidance",
-          "fps",
-          "scale",
-          "seed",
-          "overwrite",
-          "fit",
-        ),
+        *("wan", "steps", "guidance", "fps", "scale", "seed"),
+        *("overwrite", "cut_prompts", "fit"),
       )
     },
   )

@@ -37,6 +37,11 @@ def encode_bytes(caption: str, length: int) -> np.ndarray:
   return tokens
 
 
+def beginning(caption: str, length: int) -> str:
+  """As much of a caption, from its start, as has at most `length` bytes."""
+  return caption.encode()[:length].decode(errors="ignore")
+
+
 def decode_bytes(tokens: np.ndarray) -> str:
   """Inverts `encode_bytes`; int [m] -> text, broken UTF-8 shown as U+FFFD."""
   tokens = np.asarray(tokens)

@@ -51,6 +51,7 @@ class Request:
     scale: whole factor to enlarge pixels by.
     seed: of the noise.
     overwrite: `out` may exist, and is replaced.
+    cut_prompts: those that are too long lose their ends.
     fit: "crop" or "refuse" given frames of another shape than the video's.
   """
 
@@ -73,6 +74,7 @@ class Request:
   scale: int | None = None
   seed: int = 0
   overwrite: bool = False
+  cut_prompts: bool = False
   fit: str = "crop"
 
 
@@ -175,11 +177,10 @@ def plan(request: Request) -> Plan:
     clip,
     tuple(prompt.text for prompt in prompts),
     starts,
-    notes,
   )
-  _check_texts(found)
+  notes += _check_texts(found)
   _ = found.room
-  return found
+  return dataclasses.replace(found, notes=notes)
 
 
 def _check_numbers(request: Request) -> None:
@@ -315,17 +316,19 @@ def _unsaid(request: Request, config: ConfigDict, caption: str) -> Prompt:
   return Prompt(0.0, caption)
 
 
-def _check_texts(found: Plan) -> None:
-  """Refuses prompts that the model's text cannot hold."""
+def _check_texts(found: Plan) -> tuple[str, ...]:
+  """Says which prompts are cut, or refuses those the model cannot hold."""
   config, request = found.config, found.request
-  length = config.data.text_length
+  length, cut = config.data.text_length, request.cut_prompts
   said = [*found.texts, request.negative or ""]
   if config.model.text != "embeddings":
-    for text in said:
-      captions.encode_bytes(text, length)
-    return
+    notes = []
+    for text in dict.fromkeys(said):
+      size = len(text.encode())
+      notes += prompting.check_length(text, size, length, cut, "bytes")
+    return tuple(notes)
   checkpoint = spaces.companion(request.workdir, request.wan, "text")
-  prompting.check(checkpoint, said, length)
+  notes = prompting.check(checkpoint, said, length, cut)
   folder = importing.component(checkpoint, "text")
   width = importing.read_config(UMT5Config, folder).dim
   if width != config.model.text_dim:
@@ -333,6 +336,7 @@ def _check_texts(found: Plan) -> None:
       f"{folder}: embeddings of {width} dimensions, the model reads"
       f" {config.model.text_dim}: give its own text encoder"
     )
+  return tuple(notes)
 
 
 def _embed(found: Plan) -> tuple[Texts, np.ndarray | None]:
@@ -341,8 +345,9 @@ def _embed(found: Plan) -> tuple[Texts, np.ndarray | None]:
   said = [*found.texts, request.negative or ""]
   if found.config.model.text == "embeddings":
     checkpoint = spaces.companion(request.workdir, request.wan, "text")
-    values = prompting.embed(checkpoint, said, length)
+    values = prompting.embed(checkpoint, said, length, request.cut_prompts)
   else:
+    said = [captions.beginning(text, length) for text in said]
     values = np.stack([captions.encode_bytes(text, length) for text in said])
   texts = tuple(value[None] for value in values[:-1])
   return Texts(found.starts, texts), values[-1]

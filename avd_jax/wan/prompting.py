@@ -21,13 +21,22 @@ from avd_jax.typing import Params
 from avd_jax.wan import importing, tokenizer
 
 
-def check(checkpoint: str | Path, prompts: Sequence[str], length: int) -> None:
+def check(
+  checkpoint: str | Path,
+  prompts: Sequence[str],
+  length: int,
+  cut: bool = False,
+) -> list[str]:
   """Refuses prompts that cannot be encoded; no weights are read.
 
   Args:
     checkpoint: what `importing.run` wrote.
     prompts: texts.
     length: tokens that a prompt may have, its end among them.
+    cut: whether longer ones may be cut.
+
+  Returns:
+    A line for each that will be, with how many tokens it loses.
 
   Raises:
     UserError: no text encoder or tokenizer there, the extra wan is missing, or
@@ -35,17 +44,31 @@ def check(checkpoint: str | Path, prompts: Sequence[str], length: int) -> None:
   """
   importing.component(checkpoint, "text")
   tokens = tokenizer.load(checkpoint)
-  for prompt in prompts:
+  notes = []
+  for prompt in dict.fromkeys(prompts):
     count = len(tokens.ids(tokenizer.clean(prompt)))
-    _check_cut(prompt, max(0, count - length), length)
+    notes += check_length(prompt, count, length, cut)
+  return notes
 
 
-def _check_cut(prompt: str, cut: int, length: int) -> None:
-  if cut:
-    raise UserError(
-      f"prompt {prompt[:57]!r}...: it has {length + cut} tokens, at most"
-      f" {length} fit: {cut} would be cut"
-    )
+def check_length(
+  prompt: str, count: int, length: int, cut: bool, unit: str = "tokens"
+) -> list[str]:
+  """What is to be said of a prompt of `count` tokens where `length` fit.
+
+  Raises:
+    UserError: it is too long, and may not be cut.
+  """
+  if count <= length:
+    return []
+  shown = prompt if len(prompt) <= 60 else f"{prompt[:57]}..."
+  line = (
+    f"prompt {shown!r}: it has {count} {unit}, at most {length} fit:"
+    f" {count - length}"
+  )
+  if not cut:
+    raise UserError(f"{line} would be cut; shorten it, or --cut-prompts")
+  return [f"{line} are cut"]
 
 
 class TextEncoder:
@@ -88,7 +111,10 @@ class TextEncoder:
 
 
 def embed(
-  checkpoint: str | Path, prompts: Sequence[str], length: int
+  checkpoint: str | Path,
+  prompts: Sequence[str],
+  length: int,
+  cut: bool = False,
 ) -> Float[np.ndarray, "n m d"]:
   """Embeddings of prompts, float32, zeros behind each prompt's end.
 
@@ -97,8 +123,8 @@ def embed(
   encoder = TextEncoder(checkpoint, length)
   found = {}
   for prompt in dict.fromkeys(prompts):
-    found[prompt], cut = encoder(prompt)
-    _check_cut(prompt, cut, length)
+    found[prompt], lost = encoder(prompt)
+    check_length(prompt, length + lost, length, cut)
   out = np.zeros((len(prompts), length, encoder.weights[0].dim), np.float32)
   for row, prompt in zip(out, prompts, strict=True):
     row[: len(found[prompt])] = found[prompt]
