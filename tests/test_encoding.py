@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import re
 import warnings
 
 import jax
@@ -113,6 +114,13 @@ def test_clips_are_what_vae_and_text_encoder_say(store, videos, wan_ckpt):
   cut = rf"it has {most} tokens, at most {short} fit: 2 would be cut"
   with pytest.raises(UserError, match=cut):
     prompting.embed(wan_ckpt, told, int(short))
+  longest = told[int(np.argmax(lengths))]
+  (line,) = prompting.check(wan_ckpt, [longest], int(short), cut=True)
+  assert line.endswith(f"at most {short} fit: 2 are cut")
+  text, lost = prompting.TextEncoder(wan_ckpt, int(short))(longest)
+  assert lost == 2
+  kept = prompting.embed(wan_ckpt, [longest], int(short), cut=True)[0]
+  np.testing.assert_array_equal(kept, text.astype(np.float32))
   for text, length in zip(found, lengths, strict=True):
     assert np.abs(text[:length]).max(1).min() > 0
     assert not text[length:].any()
@@ -136,7 +144,10 @@ def test_what_was_left_out_or_altered_is_listed(store):
   assert short["file"] == "f.mkv"
   assert "3 frames, 5 needed" in short["reason"]
   assert listed["uncaptioned"] == ["b.mkv"]
-  assert listed["cut"] == ["deep/c.mkv"]
+  lost = latent_store.LatentSource(path, 2).header(6)["tokens_cut"]
+  assert listed["cut"] == [{"file": "deep/c.mkv", "tokens": lost}]
+  assert lost > 0
+  assert listed["partial"] == []
   assert done.records == len(CLIPS)
   assert [shard["records"] for shard in done.shards] == [4, 4, 2]
 
@@ -316,7 +327,10 @@ def test_the_program_encodes_a_folder(
   folder.mkdir()
   for name in ("a.mkv", "bad.mkv", "b.mkv"):
     (folder / name).write_bytes((videos / name).read_bytes())
+  whole = (folder / "a.mkv").read_bytes()
+  (folder / "part.mkv").write_bytes(whole[: len(whole) * 9 // 10])
   (folder / "a.txt").write_text("a red ball\n")
+  (folder / "part.txt").write_text("ball " * 600)
   out = tmp_path / "out"
   command = [
     "encode",
@@ -330,7 +344,10 @@ def test_the_program_encodes_a_folder(
     warnings.simplefilter("error", UserWarning)
     assert main.main([*command, "--frames", "5", "--fps", "6"]) == 0
   line = capsys.readouterr().out.splitlines()[-1]
-  assert "1 clips in 1 shards, 2 skipped (b.mkv, bad.mkv)" in line
+  assert "2 clips in 1 shards, 2 skipped (b.mkv, bad.mkv)" in line
+  kept = video.probe(folder / "part.mkv").frames
+  assert f"1 that end early (part.mkv: {kept} of 12 frames)" in line
+  assert re.search(r"1 with a caption cut short \(part.mkv: \d+ tokens\)", line)
   assert line.endswith("skipped.json")
   source = latent_store.LatentSource(out, 1)
   header = source.header(0)

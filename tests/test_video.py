@@ -548,3 +548,17 @@ def test_what_a_crop_costs_is_told():
   assert video.cropped((90, 120), (30, 10)) == (0, 0.75)
   # A fraction of a pixel is how sizes are rounded, not a cut.
   assert video.cropped((481, 833), (480, 832)) == (0, 0)
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".avi"])
+def test_a_file_that_was_cut_off_has_less_than_it_says(suffix, tmp_path):
+  noise = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3), np.uint8)
+  whole, part = tmp_path / f"whole{suffix}", tmp_path / f"part{suffix}"
+  if suffix == ".mkv":
+    video.write_video(whole, noise, 12)
+  else:
+    video._encode(whole, noise, 12, "mpeg4", "yuv420p", {})
+  data = whole.read_bytes()
+  part.write_bytes(data[: len(data) * 6 // 10])
+  assert video.promised(whole) == video.probe(whole).frames == 40
+  assert video.promised(part) == 40 > video.probe(part).frames

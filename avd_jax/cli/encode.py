@@ -79,7 +79,17 @@ def _summary(done, out, process):
   notes = (
     ("skipped", list(dict.fromkeys(skipped))),
     ("without a caption", done.uncaptioned),
-    ("with a caption cut short", done.cut),
+    (
+      "with a caption cut short",
+      [f"{entry['file']}: {entry['tokens']} tokens" for entry in done.cut],
+    ),
+    (
+      "that end early",
+      [
+        f"{entry['file']}: {entry['frames']} of {entry['promised']} frames"
+        for entry in done.partial
+      ],
+    ),
   )
   for what, files in notes:
     if files:

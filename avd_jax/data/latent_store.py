@@ -86,7 +86,8 @@ class Progress:
     shards: name, records, bytes, sha256, and the video of each record.
     skipped: file and reason of what could not be used.
     uncaptioned: files whose caption is "" for want of another.
-    cut: files whose captions lost their last tokens.
+    cut: files whose captions lost their last tokens, and how many `tokens`.
+    partial: files that have fewer `frames` than the `promised`.
     finished: whether nothing is left to do.
   """
 
@@ -94,7 +95,8 @@ class Progress:
   shards: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   skipped: list[dict[str, str]] = dataclasses.field(default_factory=list)
   uncaptioned: list[str] = dataclasses.field(default_factory=list)
-  cut: list[str] = dataclasses.field(default_factory=list)
+  cut: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  partial: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   finished: bool = False
 
   @property
@@ -181,6 +183,11 @@ def progress(path: str | Path, process: int) -> Progress:
   try:
     values = disk.read_json(file, f"{file} is gone")
     found = Progress(**(values | {"next": tuple(values["next"])}))
+    # Parts of before name the file and no more.
+    found.cut = [
+      {"file": entry, "tokens": "some"} if isinstance(entry, str) else entry
+      for entry in found.cut
+    ]
   except (TypeError, KeyError) as error:
     raise UserError(f"{file} does not describe a part: {error}") from None
   for entry in found.shards:
@@ -204,7 +211,7 @@ def save(path: str | Path, process: int, done: Progress) -> None:
   """Makes progress last."""
   folder = part(path, process)
   if done.finished:
-    notes = ("skipped", "uncaptioned", "cut")
+    notes = ("skipped", "uncaptioned", "cut", "partial")
     listed = {name: getattr(done, name) for name in notes}
     disk.write_json(folder / "skipped.json", listed)
   # Last: whoever sees a finished part finds the rest.

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import itertools
 import os
+import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -42,10 +43,12 @@ class VideoInfo(NamedTuple):
 
 
 class _Index(NamedTuple):
-  """A file's frames: their times, None where the container keeps none."""
+  """A file's frames: their times, None where the container keeps none, and how
+  many it says there are."""
 
   info: VideoInfo
   times: np.ndarray | None
+  promised: int
 
 
 def to_uint8(frames: np.ndarray) -> np.ndarray:
@@ -76,6 +79,16 @@ def probe(path: str | os.PathLike) -> VideoInfo:
   return info
 
 
+def promised(path: str | os.PathLike) -> int:
+  """Frames that the container says a file has; more than `probe` finds where it
+  was cut off. What says nothing promises what is there.
+
+  Raises:
+    UserError: as `probe`.
+  """
+  return _index(path).promised
+
+
 def read_clip(
   path: str | os.PathLike, start: int, frames: int, stride: int = 1
 ) -> np.ndarray:
@@ -93,7 +106,7 @@ def read_clip(
   Raises:
     UserError: frames that the file does not have or that do not decode.
   """
-  info, times = _index(path)
+  info, times, _ = _index(path)
   last = start + (frames - 1) * stride
   if start < 0 or frames < 1 or stride < 1 or last >= info.frames:
     raise UserError(
@@ -346,14 +359,16 @@ def _cached_index(path: str, mtime_ns: int, size: int) -> _Index:
   del mtime_ns, size  # In the key alone: a file written again is read again.
   with _opened(path) as container:
     stream = container.streams.video[0]
-    times = [
-      p.pts for p in container.demux(stream) if p.size and not p.is_discard
+    packets = [
+      p for p in container.demux(stream) if p.size or p.dts is not None
     ]
+    times = [p.pts for p in packets if p.size and not p.is_discard]
     # AVI keeps decoding order only; others may lack or repeat times if damaged.
     timed = "avi" not in container.format.name and None not in times
     timed = timed and len(set(times)) == len(times)
     rate = stream.average_rate or stream.guessed_rate or 0
     height, width = stream.codec_context.height, stream.codec_context.width
+    lacking = _lacking(stream, packets, float(rate))
   if timed:
     count, times = len(times), np.sort(np.array(times, np.int64))
   else:
@@ -361,7 +376,25 @@ def _cached_index(path: str, mtime_ns: int, size: int) -> _Index:
       count, times = sum(1 for _ in container.decode(video=0)), None
   if not count:
     raise UserError(f"{path}: not a frame in it; encode it again or remove it")
-  return _Index(VideoInfo(count, float(rate), height, width), times)
+  info = VideoInfo(count, float(rate), height, width)
+  return _Index(info, times, count + lacking)
+
+
+def _lacking(stream, packets, rate: float) -> int:
+  """Frames that a container counts, or has the time for, and does not hold."""
+  if stream.frames:
+    return max(0, stream.frames - len(packets))
+  # Matroska counts no frames; some writers say how long a stream is.
+  said = re.fullmatch(
+    r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", "")
+  )
+  times = [p.pts for p in packets if p.pts is not None]
+  if not (said and times and rate):
+    return 0
+  hours, minutes, seconds = map(float, said.groups())
+  whole = 3600 * hours + 60 * minutes + seconds
+  left = whole * rate - (float(max(times) * stream.time_base) * rate + 1)
+  return round(left) if left >= 1 else 0
 
 
 def _read_after_seek(container, times: np.ndarray) -> list[np.ndarray] | None:

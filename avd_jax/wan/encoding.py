@@ -181,6 +181,9 @@ def _of_video(
   file, known = videos.folder / name, {"file": name}
   try:
     info = video.probe(file)
+    promised = video.promised(file)
+    if promised > info.frames:
+      known |= {"frames": info.frames, "promised": promised}
     stride = max(1, round(info.fps / options.fps)) if options.fps else 1
     starts = _starts(file, info.frames, stride, options)
     known |= _provenance(file) | {"fps": info.fps / stride, "stride": stride}
@@ -340,11 +343,21 @@ def _record(
   read: _Read,
   done: latent_store.Progress,
 ) -> bytes:
-  """A clip's record; what is to be said about its caption goes to `done`."""
+  """A clip's record; what is to be said about it goes to `done`."""
   name, caption = read.header["file"], read.header["caption"]
   text, cut = texts(caption or "")
-  for listed, wanted in ((done.uncaptioned, caption is None), (done.cut, cut)):
-    if wanted and name not in listed[-1:]:
-      listed.append(name)
+  if caption is None and name not in done.uncaptioned[-1:]:
+    done.uncaptioned.append(name)
+  if cut:
+    _note(done.cut, {"file": name, "tokens": cut})
+  if "promised" in read.header:
+    short = {key: read.header[key] for key in ("file", "frames", "promised")}
+    _note(done.partial, short)
   header = read.header | {"caption": caption or "", "tokens_cut": cut}
   return latent_store.pack(latents(read.clip), text, header)
+
+
+def _note(notes: list[dict[str, Any]], note: dict[str, Any]) -> None:
+  """Once for all clips of a file, which come one after another."""
+  if note not in notes[-1:]:
+    notes.append(note)
