@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avd_jax import checkpoint, parallel
+from avd_jax import checkpoint, parallel, sampling
 from avd_jax import config as config_lib
 from avd_jax.cli import main as cli
 from avd_jax.errors import UserError
@@ -395,6 +395,15 @@ def test_damaged_and_other_files_are_named(wans, tmp_path, damage, words):
       ),
       r"holds proj_in\.\w+: it does not",
     ),
+    *(
+      (lambda d, text=text: (d / INDEX).write_text(text), f"{INDEX} is damaged")
+      for text in (
+        "[1]",
+        "{}",
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 1}}',
+      )
+    ),
   ],
 )
 def test_shards_that_do_not_fit_are_named(wans, tmp_path, damage, words):
@@ -436,7 +445,15 @@ def test_the_three_jobs(tmp_path, capsys):
   take = ("export-wan", "--workdir", ckpt, "--out", out)
   for job in (make, bring, take):
     assert cli.main([str(a) for a in job]) == 0
-  assert "GB of memory" in capsys.readouterr().out
+  told = capsys.readouterr().out
+  assert "GB of memory" in told
+  few = "solver=consistency, sampling.steps=4, sampling.guidance=1.0"
+  assert f"a few-step model: it gets sampling.{few}" in told
+  config = sampling.read_config(ckpt)
+  config_lib.check(config, trains=False)
+  assert config.sampling.solver == "consistency"
+  assert (config.sampling.steps, config.sampling.guidance) == (4, 1)
+  assert config.sampling.shift == 5
   assert json.loads((out / "transformer" / "config.json").read_text()) == (
     exporting.dit_config(tiny.DIT)
   )

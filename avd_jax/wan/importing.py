@@ -145,8 +145,17 @@ def read(source: Source) -> tuple[Any, dict[str, Assembled]]:
   return cfg, leaves(source, sources.NAMES[source.component][1](cfg))
 
 
-def run_config(cfg: DiTConfig) -> ConfigDict:
-  """A run's config around an imported model, with the paper's settings."""
+# How models that Self Forcing trained are sampled there.
+FEW_STEPS = dict(solver="consistency", steps=4, guidance=1.0, shift=5.0)
+
+
+def run_config(cfg: DiTConfig, few_steps: bool = False) -> ConfigDict:
+  """A run's config around an imported model, with the paper's settings.
+
+  Args:
+    cfg: the model.
+    few_steps: whether it was made for few; see `sources.Source`.
+  """
   values = config_lib.default().to_dict()
   # As Wan itself computes; what needs float32 has it, and weights keep theirs.
   values["model"] = dataclasses.asdict(cfg) | {"dtype": "bfloat16"}
@@ -154,6 +163,8 @@ def run_config(cfg: DiTConfig) -> ConfigDict:
   values["data"] |= dict(frames=21, height=60, width=104, text_length=512)
   # A chunk is seconds of work: each is handed over as soon as it is made.
   values["sampling"] |= dict(steps=32, shift=5.0, guidance=5.0, segment=1)
+  if few_steps:
+    values["sampling"] |= FEW_STEPS
   values["evaluation"] |= dict(given=3, frames=21)
   for stage in values["stage"].values():
     stage["learning_rate"] = 5e-5
@@ -184,10 +195,13 @@ def run(
   out.mkdir(parents=True, exist_ok=True)
   for name, (where, cfg, parts) in found.items():
     if name == "dit":
-      _save_dit(out, cfg, parts, str(where.path))
+      _save_dit(out, run_config(cfg, where.few_steps), parts, str(where.path))
     else:
       _save_beside(out / PLACES[name], cfg, parts)
     say(f"{name}: {summary(parts)} from {where.path}")
+    if where.few_steps:
+      settings = ", ".join(f"sampling.{k}={v}" for k, v in FEW_STEPS.items())
+      say(f"{name}: Self Forcing's, a few-step model: it gets {settings}")
   if "text" in found:
     file = sources.tokenizer(source)
     if file is None:
@@ -224,9 +238,9 @@ def _check_free(out: Path, components: Mapping[str, Any]) -> None:
 
 
 def _save_dit(
-  out: Path, cfg: DiTConfig, parts: Mapping[str, trees.Leaf], origin: str
+  out: Path, run: ConfigDict, parts: Mapping[str, trees.Leaf], origin: str
 ) -> None:
-  config = config_lib.to_json(run_config(cfg))
+  config = config_lib.to_json(run)
   record = {"step": 0, "config": config, "metrics": [], "imported": origin}
   items = {"ema": trees.handler(), "record": ocp.JsonCheckpointHandler()}
   options = ocp.CheckpointManagerOptions(
@@ -285,7 +299,8 @@ def config_of(source: str | Path) -> ConfigDict:
   Raises:
     UserError: as `run`; no values are read.
   """
-  return run_config(read(sources.find(source, "dit")[0])[0])
+  found = sources.find(source, "dit")[0]
+  return run_config(read(found)[0], found.few_steps)
 
 
 def load_dit(

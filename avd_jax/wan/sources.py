@@ -58,6 +58,7 @@ class Source:
     path: the file or directory, for messages.
     tensors: by name.
     config: its config.json; None where there is none.
+    few_steps: whether it is what Self Forcing saves.
   """
 
   component: str
@@ -65,6 +66,7 @@ class Source:
   path: Path
   tensors: Mapping[str, Stored]
   config: Mapping[str, Any] | None
+  few_steps: bool = False
 
   @property
   def title(self) -> str:
@@ -155,7 +157,7 @@ def _sharded(folder: Path, stem: str) -> dict[str, Stored]:
     if list(folder.glob(f"{stem}-*.safetensors")):
       raise UserError(f"{index} is missing: download it too")
     return {}
-  places = read_json(index).get("weight_map", {})
+  places = _weight_map(index)
   files = {
     name: readers.read(folder / Path(name).name)
     for name in sorted(set(places.values()))
@@ -166,8 +168,24 @@ def _sharded(folder: Path, stem: str) -> dict[str, Stored]:
   return {tensor: s for held in files.values() for tensor, s in held.items()}
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+  """{tensor: file} of an index."""
+  values = read_json(index)
+  places = values.get("weight_map") if isinstance(values, dict) else None
+  if not (
+    isinstance(places, dict)
+    and places
+    and all(isinstance(name, str) and name for name in places.values())
+  ):
+    raise UserError(
+      f"{index} is damaged: it has no weight_map of tensors to files; download"
+      " it again"
+    )
+  return places
+
+
 def _classified(path: Path, content: Any) -> Source:
-  tensors = _state_dict(path, content)
+  nested, tensors = _state_dict(path, content)
   tensors = {_unwrapped(name): stored for name, stored in tensors.items()}
   for alias, name in umt5_names.ALIASES.items():
     if alias in tensors:  # tied: files have both names, or either
@@ -186,7 +204,8 @@ def _classified(path: Path, content: Any) -> Source:
       f" are {some(tensors)}"
     )
   config = _config(path, component)
-  return Source(component, layout, path, tensors, config)
+  few_steps = nested and component == "dit"
+  return Source(component, layout, path, tensors, config, few_steps)
 
 
 def some(names: Any) -> str:
@@ -196,15 +215,16 @@ def some(names: Any) -> str:
   return ", ".join(names[:3]) + more
 
 
-def _state_dict(path: Path, content: Any) -> Mapping[str, Stored]:
-  """The flat dictionary of tensors in what a file holds."""
+def _state_dict(path: Path, content: Any) -> tuple[bool, Mapping[str, Stored]]:
+  """(whether it is Self Forcing's, tensors by name) of what a file holds."""
+  nested = False
   if isinstance(content, Mapping):
     for key in ("generator_ema", "generator"):
       if isinstance(content.get(key), Mapping):
-        content = content[key]
+        nested, content = True, content[key]
         break
     if content and all(isinstance(v, Stored) for v in content.values()):
-      return content
+      return nested, content
   keys = some(map(str, content)) if isinstance(content, Mapping) else "no names"
   raise UserError(
     f"{path} is no state dict: it holds {keys}; of nested files only those of"
