@@ -116,7 +116,7 @@ def test_no_video_is_in_both_splits(store, caplog):
   assert captions("train", 2) == {"0 0", "0 1", "0 2", "0 3", "0 4"}
   assert captions("eval", 0) == captions("train", 0)
   assert "reads the clips of training" in caplog.text
-  with pytest.raises(UserError, match="eval_clips=5: give 0 to 4"):
+  with pytest.raises(UserError, match=r"data\.eval_files=5: give 0 to 4"):
     captions("eval", 5)
 
 

@@ -10,7 +10,7 @@ from avd_jax import sampling
 from avd_jax.errors import UserError
 from avd_jax.models import umt5, vae
 from avd_jax.training import loop
-from avd_jax.wan import importing, tiny, tokenizer
+from avd_jax.wan import importing, tiny, tokenizer, trees
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("ftfy")
@@ -55,3 +55,39 @@ def test_an_import_is_no_run_to_go_on_with(wan_ckpt):
   config = sampling.load(wan_ckpt).config
   with pytest.raises(UserError, match=r"imported weights.*init_from"):
     loop._claim(wan_ckpt, config, {"config": {}, "imported": "x"})
+
+
+def dead(*args):
+  raise KeyboardInterrupt
+
+
+def test_what_is_no_whole_import_is_told_what_to_do(
+  wan_ckpt, tmp_path, monkeypatch
+):
+  files, half = tmp_path / "files", tmp_path / "half"
+  tiny.run(files)
+  for place in (files, files / "diffusion_pytorch_model.safetensors"):
+    with pytest.raises(
+      UserError, match=f"first avd import-wan --source {place}"
+    ):
+      sampling.read_config(place)
+  with monkeypatch.context() as patch:
+    patch.setattr(trees, "_write", dead)
+    with pytest.raises(KeyboardInterrupt):
+      importing.run(files, half)
+  with pytest.raises(UserError, match=f"not finished: .* --out {half} again"):
+    sampling.read_config(half)
+  alone = tmp_path / "alone"
+  importing.run(files, alone, "vae")
+  with pytest.raises(UserError, match=r"no transformer: .* --component dit"):
+    sampling.load(alone)
+  # The file with the values, not those that say where they are.
+  largest = max((alone / "vae").rglob("d/*"), key=lambda p: p.stat().st_size)
+  largest.write_bytes(bytes(largest.stat().st_size))
+  with pytest.raises(UserError, match=r"vae/params cannot be read") as error:
+    importing.load_vae(alone)
+  assert "bound method" not in str(error.value)
+  assert "tensorstore_spec" not in str(error.value)
+  (alone / "vae" / "config.json").unlink()
+  with pytest.raises(UserError, match=r"import it again, .* --component vae"):
+    importing.load_vae(alone)

@@ -381,14 +381,14 @@ def _split(
   if not eval_clips:
     if split == "eval":
       _log.warning(
-        "%s: eval_clips=0, so evaluation reads the clips of training", path
+        "%s: data.eval_files=0, so evaluation reads the clips of training", path
       )
     return order
   names, first = np.unique(videos[order], return_index=True)
   if not 0 < eval_clips < len(names):
     raise UserError(
-      f"{path}: eval_clips={eval_clips}: give 0 to {len(names) - 1}, its clips"
-      f" are of {len(names)} videos"
+      f"{path}: data.eval_files={eval_clips}: give 0 to {len(names) - 1}, its"
+      f" clips are of {len(names)} videos"
     )
   held = ((np.arange(eval_clips) + 0.5) * len(names) / eval_clips).astype(int)
   if split == "eval":

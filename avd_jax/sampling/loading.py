@@ -21,6 +21,7 @@ from avd_jax.models import denoiser as denoiser_lib
 from avd_jax.models.dit_config import DiTConfig
 from avd_jax.sampling.sampler import Sampler
 from avd_jax.typing import Params
+from avd_jax.wan import importing
 
 CHANGEABLE = (
   *config_lib.WEIGHTLESS,
@@ -39,11 +40,22 @@ def read_config(
 
   Arguments and errors as `load`.
   """
-  checkpoints, step = checkpoint.open_existing(workdir)
+  checkpoints, step = _opened(workdir)
   try:
     return _config(checkpoints.record(step), overrides, frames)
   finally:
     checkpoints.close()
+
+
+def _opened(workdir: str | Path) -> tuple[checkpoint.Checkpoints, int]:
+  """The checkpoints to sample from, and the newest step."""
+  try:
+    return checkpoint.open_existing(workdir)
+  except UserError:
+    remedy = importing.remedy(workdir)
+    if remedy:
+      raise UserError(remedy) from None
+    raise
 
 
 def _config(record: Any, overrides: Sequence[str], frames: int) -> ConfigDict:
@@ -161,7 +173,7 @@ def load(
     UserError: no such run, a torn checkpoint, a field that may not change, or
       a mesh that does not cut the model evenly.
   """
-  checkpoints, step = checkpoint.open_existing(workdir)
+  checkpoints, step = _opened(workdir)
   try:
     config = _config(checkpoints.record(step), overrides, frames)
     if mesh is None and max(config.mesh.values()) > 1:

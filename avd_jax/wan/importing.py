@@ -396,13 +396,45 @@ def component(workdir: str | Path, name: str) -> Path:
   return folder
 
 
+def remedy(workdir: str | Path) -> str:
+  """What to do with a directory that has no whole checkpoint to sample from.
+
+  Empty where it is neither Wan's own files nor an import that is not finished.
+  """
+  path = Path(workdir)
+  if sources.among(path):
+    return (
+      f"{path} holds Wan's own files: first avd import-wan --source {path}"
+      " --out CKPT, then give CKPT"
+    )
+  # Its own config.json comes last; training writes one first.
+  if (path / "config.json").exists():
+    return ""
+  if any(path.glob(f"{PLACES['dit']}/0.*")):
+    return (
+      f"{path} holds an import that was not finished: delete it and run avd"
+      f" import-wan --source DIR --out {path} again"
+    )
+  if any((path / PLACES[name]).is_dir() for name in ("vae", "text")):
+    return (
+      f"{path} has no transformer: avd import-wan --component dit --source DIR"
+      f" --out {path} puts one there"
+    )
+  return ""
+
+
 def read_config(cls: type[T], folder: Path) -> T:
   """The config that lies beside an imported component's parameters.
 
   Raises:
     UserError: there is none, or it is another component's.
   """
-  values = read_json(folder / "config.json")
+  values = read_json(
+    folder / "config.json",
+    f"{folder / 'config.json'} is missing: delete {folder} and import it again,"
+    f" avd import-wan --component {folder.name} --source DIR --out"
+    f" {folder.parent}",
+  )
   known = {field.name for field in dataclasses.fields(cls)}
   if not isinstance(values, dict) or set(values) - known:
     raise UserError(f"{folder / 'config.json'} is no {cls.__name__}")

@@ -237,7 +237,11 @@ def _readable(path: Path, read: Callable[..., Any], *args, **kwargs) -> Any:
   try:
     return read(*args, **kwargs)
   except Exception as error:  # what a damaged file raises may be just that
-    reason = (str(error).strip().splitlines() or [repr(error)])[0][:200]
+    cause: BaseException = error
+    while cause.__cause__ is not None:  # orbax wraps what tensorstore says
+      cause = cause.__cause__
+    reason = (str(cause).strip().splitlines() or [repr(cause)])[0]
+    reason = reason.partition(" [tensorstore_spec")[0][:300]
     raise UserError(
       f"{path} cannot be read ({reason}); if it is damaged, import it again"
     ) from error
