@@ -309,6 +309,20 @@ def test_tables_hold_any_caption(tmp_path):
   assert encoding.read_captions(tmp_path / "a.tsv") == {"a.mp4": "ä, b"}
 
 
+def test_a_store_begins_in_a_place_of_its_own(encode, videos, tmp_path):
+  for name in ("1.txt", "2.txt", "3.txt", "4.txt"):
+    (tmp_path / name).write_text("mine")
+  for out, message in (
+    (tmp_path / "1.txt", "1.txt is a file: give a directory"),
+    (tmp_path, r"is no store \(it holds 1.txt, 2.txt, 3.txt and 1 more\)"),
+    (videos, r"is no store \(it holds a.mkv, b.mkv, bad.mkv and 3 more\)"),
+  ):
+    with pytest.raises(UserError, match=message):
+      encode(out)
+  assert len(list(tmp_path.iterdir())) == 4
+  assert not (videos / "store.json").exists()
+
+
 def test_other_weights_have_another_name(encoder, wan_ckpt):
   other = encoding.Encoder(wan_ckpt)
   names = lambda encoder: (encoder.name, encoder.text_encoder)
@@ -329,6 +343,7 @@ def test_the_program_encodes_a_folder(
     (folder / name).write_bytes((videos / name).read_bytes())
   whole = (folder / "a.mkv").read_bytes()
   (folder / "part.mkv").write_bytes(whole[: len(whole) * 9 // 10])
+  (folder / "short.mkv").write_bytes(whole[: len(whole) // 2])
   (folder / "a.txt").write_text("a red ball\n")
   (folder / "part.txt").write_text("ball " * 600)
   out = tmp_path / "out"
@@ -344,11 +359,13 @@ def test_the_program_encodes_a_folder(
     warnings.simplefilter("error", UserWarning)
     assert main.main([*command, "--frames", "5", "--fps", "6"]) == 0
   line = capsys.readouterr().out.splitlines()[-1]
-  assert "2 clips in 1 shards, 2 skipped (b.mkv, bad.mkv)" in line
+  assert "2 clips in 1 shards, 3 skipped (b.mkv, bad.mkv, short.mkv)" in line
   kept = video.probe(folder / "part.mkv").frames
   assert f"1 that end early (part.mkv: {kept} of 12 frames)" in line
   assert re.search(r"1 with a caption cut short \(part.mkv: \d+ tokens\)", line)
   assert line.endswith("skipped.json")
+  listed = json.loads((out / "part_000" / "skipped.json").read_text())
+  assert "needed (it ends early, 12 were" in listed["skipped"][-1]["reason"]
   source = latent_store.LatentSource(out, 1)
   header = source.header(0)
   assert (header["caption"], header["stride"]) == ("a red ball", 2)

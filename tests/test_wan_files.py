@@ -347,6 +347,13 @@ def fp8(d):
   (d / WHOLE).write_bytes(raw.replace(b'"F32"', b'"F8_E4M3"', 1))
 
 
+def heads(value):
+  """A config.json that says so many."""
+  names = '"_class_name": "WanModel", "architectures": null'
+  text = f'{{{names}, "num_heads": {value}}}'
+  return lambda d: (d / "config.json").write_text(text)
+
+
 @pytest.mark.parametrize(
   ("damage", "words"),
   [
@@ -374,6 +381,9 @@ def fp8(d):
       "num_layers 30, but the tensors have 2",
     ),
     (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
+    (heads("3"), r"config.json: model.dim 256 is not divisible by .* 3"),
+    (heads("0"), r"config.json: model.num_heads 0: not positive"),
+    (heads('"two"'), r"config.json: num_heads is 'two': give a number"),
   ],
 )
 def test_damaged_and_other_files_are_named(wans, tmp_path, damage, words):

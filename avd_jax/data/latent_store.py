@@ -126,6 +126,28 @@ def spec(path: str | Path) -> Spec:
   return found
 
 
+def check_place(path: str | Path) -> None:
+  """Refuses to begin a store where something else lies.
+
+  Raises:
+    UserError: a file, or a folder of others.
+  """
+  path = Path(path)
+  if path.exists() and not path.is_dir():
+    raise UserError(f"--out {path} is a file: give a directory")
+  if not path.exists() or (path / stores.NAME).exists():
+    return
+  # Several processes may be beginning it now, or have been killed then.
+  mine = (stores.NAME, "part_", "null.array_record")
+  strange = [p.name for p in path.iterdir() if not p.name.startswith(mine)]
+  if strange:
+    more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+    raise UserError(
+      f"--out {path} exists and is no store (it holds"
+      f" {', '.join(sorted(strange)[:3])}{more}): give another directory"
+    )
+
+
 def claim(path: str | Path, wanted: Spec, process: int) -> None:
   """Makes a store, or makes sure that it is of these settings.
 

@@ -257,8 +257,10 @@ def run(
 
   Raises:
     UserError: no videos, captions that cannot be read, clips that the VAE
-      cannot take, or a store that was begun with other settings.
+      cannot take, a store that was begun with other settings, or an `out` that
+      is something else.
   """
+  latent_store.check_place(out)
   shape = encoder.shape(options.frames, options.height, options.width)
   found = _find(videos, captions)
   me = options.process_index
@@ -315,8 +317,10 @@ def _work(
   for read in _ahead(_clips(videos, options, done.next)):
     done.next = read.after
     if read.clip is None:
-      name = read.header["file"]
-      done.skipped.append({"file": name, "reason": read.reason})
+      name, reason = read.header["file"], read.reason
+      if "promised" in read.header:
+        reason += f" (it ends early, {read.header['promised']} were promised)"
+      done.skipped.append({"file": name, "reason": reason})
     else:
       records.append(_record(encoder.latents, texts, read, done))
       places.append(read.video)

@@ -6,14 +6,16 @@ what they do say; without one, what they do not say is Wan2.1's.
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from avd_jax.errors import UserError
 from avd_jax.models.dit_config import DiTConfig
 from avd_jax.models.umt5 import UMT5Config
 from avd_jax.models.vae import VAEConfig
+from avd_jax.wan import sources
 from avd_jax.wan.sources import Source, some
 
+T = TypeVar("T")
 HEAD_DIM = 128  # of every Wan2.1
 # Keys of config.json, in the original's and in diffusers' words, for fields
 # of ours.
@@ -97,7 +99,7 @@ def _dit(source: Source) -> DiTConfig:
       f"{source.path}: config.json says {heads} heads of {head_dim}, but the"
       f" tensors are {dim} wide; do both belong together?"
     )
-  return DiTConfig(**told | said)
+  return _made(DiTConfig, source, told | said)
 
 
 def _vae(source: Source) -> VAEConfig:
@@ -137,7 +139,7 @@ def _vae(source: Source) -> VAEConfig:
       f" {VAEConfig.z_dim}; put its config.json, which tells their mean and"
       " deviation, beside it"
     )
-  return VAEConfig(**told | said)
+  return _made(VAEConfig, source, told | said)
 
 
 def _text(source: Source) -> UMT5Config:
@@ -164,7 +166,18 @@ def _text(source: Source) -> UMT5Config:
   )
   said = _said(source, _TEXT_KEYS, told)
   half = all(s.dtype.itemsize == 2 for s in source.tensors.values())
-  return UMT5Config(**told | said, dtype="bfloat16" if half else "float32")
+  said["dtype"] = "bfloat16" if half else "float32"
+  return _made(UMT5Config, source, told | said)
+
+
+def _made(cls: type[T], source: Source, values: dict[str, Any]) -> T:
+  """The config of these values; who says that they cannot be is named."""
+  try:
+    return cls(**values)
+  except UserError as error:
+    file = sources.config_file(source.path)
+    where = source.path if source.config is None else file
+    raise UserError(f"{where}: {error}") from None
 
 
 def _lookup(source: Source):
@@ -210,6 +223,9 @@ def _said(
       value = (source.config or {}).get(name)
       if value is None:
         continue
+      if isinstance(value, str | bool | dict):
+        file = sources.config_file(source.path)
+        raise UserError(f"{file}: {name} is {value!r}: give a number")
       value = tuple(value) if isinstance(value, list) else value
       if field in told and told[field] != value:
         raise UserError(

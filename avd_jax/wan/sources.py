@@ -260,13 +260,18 @@ def _refuse_relatives(path: Path, tensors: Mapping[str, Stored]) -> None:
     )
 
 
+def config_file(path: Path) -> Path:
+  """Where the config.json of weights at `path` would lie."""
+  return (path if path.is_dir() else path.parent) / "config.json"
+
+
 def _config(path: Path, component: str) -> Mapping[str, Any] | None:
   """The config.json beside a component's weights, if it is its own."""
-  file = (path if path.is_dir() else path.parent) / "config.json"
+  file = config_file(path)
   if not file.is_file():
     return None
   config = read_json(file)
   if not isinstance(config, dict):
     raise UserError(f"{file} is not a JSON object")
-  names = [config.get("_class_name"), *config.get("architectures", [])]
-  return config if component in map(_CLASSES.get, names) else None
+  names = [config.get("_class_name"), *(config.get("architectures") or [])]
+  return config if component in map(_CLASSES.get, map(str, names)) else None
