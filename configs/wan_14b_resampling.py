@@ -19,7 +19,7 @@ Meant for 64 accelerators of 80 GB or more, a video each; parameters are cut
 over all of them, blocks recomputed, their inputs kept in the host's memory (54
 GB a device). On v5p:4x4x4 `--config.mesh.data=2 --config.mesh.fsdp=16
 --config.mesh.context=2 --config.model.remat=block
---config.optimizer.accumulation=2` takes 88 of 96 GiB and no host memory, by plan
+--config.optimizer.accumulation=2` takes 88 of 96 GiB, none of the host, by plan
 (docs/plans/wan_14b_resampling_v5p.txt). Elsewhere ask `avd plan` before.
 Cost: 494 PFLOP a step of warm-up, 628 PFLOP of resampling, recomputing not
 counted. Nobody has run this here.
