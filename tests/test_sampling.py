@@ -12,6 +12,7 @@ import pytest
 
 from avd_jax import checkpoint, parallel, sampling
 from avd_jax import config as config_lib
+from avd_jax.cli import devices
 from avd_jax.diffusion import solvers
 from avd_jax.errors import UserError
 from avd_jax.models import attention as model_attention
@@ -19,7 +20,6 @@ from avd_jax.models import denoiser as denoiser_lib
 from avd_jax.models.dit_config import DiTConfig
 from avd_jax.ops import attention
 from avd_jax.ops.kernels import splash
-from avd_jax.sampling import loading
 from avd_jax.training.program import Program
 
 CLOSE = functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-4)
@@ -383,24 +383,24 @@ def test_what_attention_cannot_do_is_refused_before_weights_are_read(
     sampling.check(config, (12, 12), 4, mesh)
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_a_video_whose_cache_cannot_be_held_is_refused(devices, monkeypatch):
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_video_whose_cache_cannot_be_held_is_refused(count):
   """Two layers of keys and values, 4 tokens of width 32 a chunk, float32."""
   mesh = parallel.make_mesh(jax.devices()[:2], (1, 1, 2, 1))
-  mesh = None if devices == 1 else mesh
-  chunk = 2 * 2 * 4 * 32 * 4
+  mesh = None if count == 1 else mesh
   config = tiny(dim=32, num_layers=2, text="bytes")
-  monkeypatch.setattr(loading, "memory_of", lambda device: 10 * chunk)
-  sampling.check(config, (12, 12), 10 * devices, mesh)
-  with pytest.raises(UserError, match=f"{10 * devices + 1} chunks take"):
-    sampling.check(config, (12, 12), 10 * devices + 1, mesh)
+  memory = 10 * (2 * 2 * 4 * 32 * 4)
+  check = lambda chunks: sampling.check(config, (12, 12), chunks, mesh, memory)
+  check(10 * count)
+  with pytest.raises(UserError, match=f"{10 * count + 1} chunks take"):
+    check(10 * count + 1)
   # Guidance has a second cache; a window forgets.
   config.sampling.guidance = 3.0
-  with pytest.raises(UserError, match=f"{10 * devices} chunks take"):
-    sampling.check(config, (12, 12), 10 * devices, mesh)
+  with pytest.raises(UserError, match=f"{10 * count} chunks take"):
+    check(10 * count)
   config.model.attention.window = 2
-  sampling.check(config, (12, 12), 10**9, mesh)
+  check(10**9)
 
 
 def test_the_memory_of_a_cpu_is_the_machines():
-  assert 2**30 < loading.memory_of(jax.devices()[0]) < 2**50
+  assert 2**30 < devices.memory() < 2**50

@@ -329,6 +329,12 @@ def some(config: ConfigDict) -> Mesh | None:
   return parallel.make_mesh(jax.local_devices()[:count], shape)
 
 
+def memory() -> int:
+  """Bytes that a device may use; a CPU's are the machine's."""
+  limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+  return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def mesh(config: ConfigDict) -> Mesh:
   """The config's mesh over all devices.
 

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
       bar.update(count)
 
     try:
-      pace = generation.run(plan, show, mesh)
+      pace = generation.run(plan, show, mesh, devices.memory())
     except KeyboardInterrupt:
       if written:
         bar.close()

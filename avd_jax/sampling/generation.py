@@ -357,6 +357,7 @@ def run(
   found: Plan,
   on_frames: Callable[[int], Any] = lambda count: None,
   mesh: Mesh | None = None,
+  memory: int | None = None,
 ) -> streaming.Pace:
   """Makes the video of a plan and writes it as it is made.
 
@@ -365,17 +366,18 @@ def run(
     on_frames: hears of frames that were written.
     mesh: what the transformer runs on (`mesh.context`, `mesh.tensor`); None,
       and for the other models, is the default device.
+    memory: bytes that a device has; None is not known.
 
   Returns:
     When frames came, counted from when all models were loaded.
 
   Raises:
     UserError: a mesh that does not cut the video's tokens or the model evenly,
-      an attention implementation that cannot do its part, a damaged checkpoint,
-      or a file that cannot be written.
+      a cache that a device cannot hold, an attention implementation that cannot
+      do its part, a damaged checkpoint, or a file that cannot be written.
   """
   grid = found.space.grid(*found.size)
-  loading.check(found.config, grid, found.room, mesh)
+  loading.check(found.config, grid, found.room, mesh, memory)
   texts, null = _embed(found)
   given = _encoded(found)
   sampler = loading.load(found.request.workdir, mesh=mesh)

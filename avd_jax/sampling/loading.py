@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +75,11 @@ def _config(record: Any, overrides: Sequence[str], frames: int) -> ConfigDict:
 
 
 def check(
-  config: ConfigDict, grid: tuple[int, int], chunks: int, mesh: Mesh | None
+  config: ConfigDict,
+  grid: tuple[int, int],
+  chunks: int,
+  mesh: Mesh | None,
+  memory: int | None = None,
 ) -> None:
   """Refuses what a run cannot be sampled with; no weights are read.
 
@@ -85,6 +88,7 @@ def check(
     grid: height and width of a (latent) frame.
     chunks: that a cache has room for; see `Sampler.room`.
     mesh: what to run on; None is the default device.
+    memory: bytes that a device has; None is not known.
 
   Raises:
     UserError: what the mesh does not cut evenly, a cache that is larger than
@@ -97,7 +101,9 @@ def check(
   if mesh is not None:
     parallel.check_divides(mesh, tokens=tokens, heads=model.num_heads)
     _params(model, config_lib.typed(DataConfig, config.data), mesh)
-  _check_memory(config, model, grid, chunks, mesh)
+  if memory is not None:
+    needed = _cache_bytes(config, model, grid, chunks, mesh)
+    _check_memory(needed, memory, chunks)
   attention.check(
     model.attention,
     chunks=chunks,
@@ -110,26 +116,30 @@ def check(
   )
 
 
-def _check_memory(
+def _cache_bytes(
   config: ConfigDict,
   model: DiTConfig,
   grid: tuple[int, int],
   chunks: int,
   mesh: Mesh | None,
-) -> None:
-  """Weights and what is computed come on top: this much is sure."""
+) -> float:
+  """What a device holds of a video's keys and values, guidance's too."""
   like = jax.ShapeDtypeStruct(
     (1, model.chunk_frames, *grid, model.channels), jnp.float32
   )
   denoiser = Sampler(config, None).denoiser()
   cache = jax.eval_shape(lambda: denoiser.init_cache(like, chunks))
-  needed = sum(
+  whole = sum(
     math.prod(leaf.shape) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(cache)
   )
-  if mesh is not None:
-    needed /= mesh.shape["context"] * mesh.shape["tensor"]
-  there = memory_of(jax.local_devices()[0])
+  if mesh is None:
+    return whole
+  return whole / (mesh.shape["context"] * mesh.shape["tensor"])
+
+
+def _check_memory(needed: float, there: int, chunks: int) -> None:
+  """Weights and what is computed come on top: this much is sure."""
   if needed > there:
     raise UserError(
       f"keys and values of {chunks:,} chunks take {needed / 2**30:,.1f} GiB on"
@@ -137,12 +147,6 @@ def _check_memory(
       " it forget: --config.model.attention.window=20, or"
       " --config.sampling.recompute=20"
     )
-
-
-def memory_of(device: jax.Device) -> int:
-  """Bytes that a device may use; a CPU's are the machine's."""
-  limit = (device.memory_stats() or {}).get("bytes_limit")
-  return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _params(model: DiTConfig, data: DataConfig, mesh: Mesh | None) -> Params:
