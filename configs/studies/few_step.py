@@ -92,9 +92,9 @@ def get_study():
       " to the next level with fresh noise, 4 such steps fail in 11.0 % of"
       " frames where 4 of Euler's do in 15.8 %, with .4 dB more. DMD with 4"
       " steps is the best row of all (10.5 %, background error .0104, .4 dB"
-      " above jumping over frames 1 to 8), but within the seeds' range of jumping"
-      " alone, at six times the cost of a step; with 1 step it has nothing over"
-      " the others. A world whose next frame is uncertain would have to show"
-      " more."
+      " above jumping over frames 1 to 8), but within the seeds' range of"
+      " jumping alone, at six times the cost of a step; with 1 step it has"
+      " nothing over the others. A world whose next frame is uncertain would"
+      " have to show more."
     ),
   )
