@@ -293,9 +293,12 @@ def test_every_kind_of_error_has_a_colour_of_its_own(figures):
 
 
 def test_the_cost_section_has_shares():
-  text, png = analyses.ANALYSES["cost"].write([COSTS, COSTS], {"plain": 0.5})
-  assert "| plain | 1.00 | 0.00 | 0 |" in text
-  assert "| resampled | 2.00 | 0.50 | 25 |" in text
+  slow = {"step": 3.0, "history": 1.5}
+  seeds = [COSTS, COSTS | {"resampled": slow}]
+  text, png = analyses.ANALYSES["cost"].write(seeds, {"plain": 0.5})
+  assert "| plain | 1.00 (1.00 to 1.00) | 0.00 (0.00 to 0.00) | 0 |" in text
+  row = "| resampled | 2.50 (2.00 to 3.00) | 1.00 (0.50 to 1.50) | 40 |"
+  assert row in text
   assert png.startswith(b"\x89PNG")
 
 

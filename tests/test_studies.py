@@ -50,7 +50,12 @@ SMALL = {
 }
 # What branches have in place of larger values of their own.
 CHANGES = {"data.batch_size": 8, "data.num_videos": 12, "bagger.frames": 5}
-STAGE = {"steps": 2, "warmup_steps": 0, "decay_steps": 1}
+STAGE = {
+  "steps": 2,
+  "warmup_steps": 0,
+  "decay_steps": 1,
+  "dmd.critic_updates": 1,
+}
 
 
 # Of rows that differ in a number or a world alone, some stand for all.
@@ -101,6 +106,11 @@ def small(name):
     for b in branches
     for field, value in STAGE.items()
   ]
+  overrides += [
+    f"--config.stage.{b.name}.degradation.clean_prefix=1"
+    for b in branches
+    if b.stage.objective == "dmd"
+  ]
   study = dataclasses.replace(study, branches=tuple(branches))
   study = study_lib.resolve(study, overrides)
   study_lib.check(study)
@@ -123,12 +133,13 @@ def program_key(program):
   """All that a program's compiled functions depend on, but for the stage."""
   values = config_lib.to_json(program.config)
   # Only these have something to keep from step to step.
-  memory = [
-    (stage["history"] == "error_bank", stage["objective"] == "consistency")
-    for stage in values["stage"].values()
-  ]
+  kinds = {"error_bank", "consistency", "dmd"}
+  stages = values["stage"].values()
+  memory = kinds & {
+    s[name] for s in stages for name in ("history", "objective")
+  }
   parts = [values[part] for part in ("model", "loss", "optimizer")]
-  return json.dumps([*parts, max(memory)]) + str(program.batch)
+  return json.dumps([*parts, sorted(memory)]) + str(program.batch)
 
 
 def sampler_key(sampler):
