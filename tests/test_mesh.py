@@ -118,7 +118,7 @@ ALL = bool(os.environ.get("AVD_TEST_ALL"))
 EVERY = [(shape, k, STAGES) for shape in (*AXES, *MIXED) for k in (None, 2)]
 SOME = [
   ((1, 1, 4, 1), None, ("resampling",)),
-  (MIXED[0], None, STAGES),
+  (MIXED[0], None, STAGES[:4]),
   (MIXED[0], 2, ("teacher_forcing", "detached")),
   (MIXED[1], 2, ("resampling",)),
 ]
