@@ -150,8 +150,9 @@ def test_a_network_makes_in_parallel_what_it_made_chunk_by_chunk(chunk_frames):
 # --- the loss ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("random_prefix", [False, True])
+@pytest.mark.parametrize(
+  ("guidance", "random_prefix"), [(1.0, True), (3.0, False)]
+)
 def test_a_step_by_hand(guidance, random_prefix):
   """Two updates of the critic, then what it and the teacher say of G."""
   denoiser, calls = spy(linear.denoiser())
