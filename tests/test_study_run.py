@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from avd_jax import config as config_lib
 from avd_jax import parallel, sampling
 from avd_jax.cli import main as cli
+from avd_jax.cli import study as study_cli
 from avd_jax.errors import UserError
 from avd_jax.studies import (
   analyses,
@@ -328,3 +329,10 @@ def test_rows_are_compared_within_their_world(files):
   assert two.startswith("resampled:")
   assert "| resampled, 2 steps |" in two
   assert "BAgger" not in two
+
+
+def test_evidence_names_no_place_of_a_machine(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert study_cli.public("runs/studies") == "runs/studies"
+  assert study_cli.public(str(tmp_path / "runs/studies")) == "runs/studies"
+  assert study_cli.public("/somewhere/else/studies") == "studies"

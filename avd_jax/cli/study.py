@@ -12,6 +12,7 @@ stops; the same command goes on. Processes with other --seeds may run beside it.
 """
 
 import argparse
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   import shlex
-  from pathlib import Path
 
   from avd_jax.cli import devices
   from avd_jax.errors import UserError
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
   if not args.report:
     devices.start()
     # Without what was picked: the same command makes the whole study.
-    command = ["avd", "study", args.study, "--workdir", args.workdir]
+    command = ["avd", "study", args.study, "--workdir", public(args.workdir)]
     about = {
       "command": shlex.join([*command, *args.overrides]),
       "device": devices.describe(),
@@ -64,3 +64,12 @@ def run(args: argparse.Namespace) -> None:
   path = study_report.write(what, files, args.out)
   print(path.read_text())
   print(f"wrote {path}")
+
+
+def public(workdir: str) -> str:
+  """A directory as evidence names it: nothing of this machine."""
+  path = Path(workdir)
+  if not path.is_absolute():
+    return workdir
+  here = Path.cwd()
+  return str(path.relative_to(here) if path.is_relative_to(here) else path.name)
