@@ -207,7 +207,8 @@ def dmd(
   G is what the student made in its last step, given the chunks that it made
   before (their keys are the rollout's: no gradient goes through them, nor
   through the steps before), f(x_t) = x_t - t v(x_t, h, t, c), G_t is G noised
-  to level t, and w = mean |G - f_teacher(G_t)|, of a chunk. [DMD2 Eq. 2]
+  to level t, and w = mean |G - f_teacher(G_t)|, of a chunk. That is the
+  gradient of DMD, whose teacher and critic say where the two densities rise.
 
   Args:
     denoiser: the model.
