@@ -2,7 +2,6 @@
 
 import functools
 import os
-import re
 
 import jax
 import jax.numpy as jnp
@@ -168,12 +167,6 @@ def test_a_rollout_is_that_of_one_device(top_k):
     jax.tree.map(CLOSE, found, results[0])
 
 
-def largest(text):
-  """Elements of the largest array in a compiled program."""
-  shapes = re.findall(r"\b(?:f32|bf16|s32|u32)\[([\d,]+)\]", text)
-  return max(int(np.prod([int(n) for n in s.split(",")])) for s in shapes)
-
-
 def batch_like(program):
   """Shapes of a batch, cut over the program's mesh."""
   place = parallel.batch_sharding(program.mesh)
@@ -181,44 +174,6 @@ def batch_like(program):
     lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
     program.batch,
   )
-
-
-@functools.cache
-def largest_of(shape, top_k=None, **changes):
-  """Elements of the largest array in a device's program of a gradient."""
-  config = config_of(top_k, **changes)
-  config.data.update(batch_size=8, height=16, width=16)
-  # Whoever computes it: "auto" goes by size, and devices have shares.
-  config.model.attention.implementation = "xla"
-  mesh = mesh_of(shape)
-  program = Program(config, mesh)
-  state, loss = program.abstract_state(), program.loss("resampling")
-  key = jax.random.key(0)
-  step = jax.jit(
-    jax.grad(lambda p, b: loss(p, b, key, StepContext(p))[0]),
-    out_shardings=program.shardings.params,
-  )
-  text = step.lower(state.params, batch_like(program)).compile().as_text()
-  return largest(text)
-
-
-# Over context dense attention gathers a layer's keys, which are as large as all
-# its tokens; a ring of routed queries gathers nothing. There pixels, which are
-# whole, must be few beside the tokens they become.
-ROUTED = dict(top_k=2, dim=96)
-
-
-@pytest.mark.parametrize(
-  ("shape", "changes"),
-  [((1, 8, 1, 1), {}), ((1, 1, 8, 1), ROUTED), ((2, 2, 2, 1), {})],
-)
-def test_nothing_is_whole_on_every_device(shape, changes):
-  """No array is larger than a device's share of the largest.
-
-  XLA would rather keep all videos everywhere than gather a weight.
-  """
-  whole = largest_of(ONE, **changes)
-  assert largest_of(shape, **changes) <= whole / 8 * 1.05
 
 
 def test_splash_lowers_where_nothing_is_recomputed(monkeypatch):

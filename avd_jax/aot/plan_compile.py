@@ -146,8 +146,17 @@ def _placed(tree: Any, sharding: NamedSharding) -> Any:
   return jax.tree.map(shape, tree)
 
 
-def _step(program: Program, job: Job):
-  """(function, its arguments, bytes of a device by part)."""
+def training_step(program: Program, name: str, local: int = 0):
+  """A stage's step, and what it would be called with.
+
+  Args:
+    program: the run's.
+    name: of the stage.
+    local: steps taken in it; see `Program.step`.
+
+  Returns:
+    (function, its arguments, bytes of a device by part).
+  """
   everywhere = parallel.replicated(program.mesh)
   scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
   state = program.abstract_state()
@@ -155,14 +164,20 @@ def _step(program: Program, job: Job):
   read = batch if program.model.text != "none" else batch._replace(text=())
   held = plan_work.state_bytes(state) | {"batch": plan_work.held(read)}
   arguments = (state, batch, Schedule(scalar, scalar))
-  return program.step(job.what, job.local), arguments, held
+  return program.step(name, local), arguments, held
 
 
-def _segment(program: Program):
+def rollout_segment(program: Program):
   """The same of the sampler's segment, and (FLOPs of all, videos, frames).
 
   A video for each share of the batch; the last segment of
   `evaluation.frames`, which sees the longest history.
+
+  Args:
+    program: the run's.
+
+  Returns:
+    (function, its arguments, bytes of a device by part, work).
   """
   config, mesh = program.config, program.mesh
   sampler = Sampler(
@@ -219,11 +234,13 @@ def measure(job: Job) -> Figures:
     program = Program(config, mesh)
     program.check()
     if job.what == ROLLOUT:
-      function, arguments, held, work = _segment(program)
+      function, arguments, held, work = rollout_segment(program)
       flops, videos, frames = work
       done = flops
     else:
-      function, arguments, held = _step(program, job)
+      function, arguments, held = training_step(
+        program, job.what, job.local
+      )
       flops, done = plan_work.step_flops(config, job.what, job.local)
       videos, frames = config.data.batch_size, config.data.frames
     weights = plan_work.count(program.abstract_state().params)

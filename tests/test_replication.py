@@ -1,0 +1,90 @@
+"""What a device's program holds: its share, and nothing whole by accident."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+from test_mesh import ONE, config_of, mesh_of
+
+from avd_jax.aot import plan_compile
+from avd_jax.training.program import Program
+
+FSDP, CONTEXT, TENSOR = (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8)
+MIXED = (2, 2, 2, 1)
+
+
+def largest(text):
+  """Elements of the largest array in a compiled program."""
+  shapes = re.findall(r"\b(?:f32|bf16|s32|u32)\[([\d,]+)\]", text)
+  return max(int(np.prod([int(n) for n in s.split(",")])) for s in shapes)
+
+
+def program_of(shape, top_k=None, data=(), **changes):
+  config = config_of(top_k, **changes)
+  config.data.update(dict(batch_size=8, height=16, width=16) | dict(data))
+  config.evaluation.update(frames=128, given=2)  # caches outweigh the rest
+  config.sampling.segment = 2
+  config.model.attention.update(window=None, sink=0)
+  # Whoever computes it: "auto" goes by size, and devices have shares.
+  config.model.attention.implementation = "xla"
+  return Program(config, mesh_of(shape))
+
+
+@functools.cache
+def compiled(what, shape, changes):
+  """The program of a stage, or the rollout's, as `avd plan` compiles it."""
+  program = program_of(shape, **dict(changes))
+  if what == plan_compile.ROLLOUT:
+    function, arguments, *_ = plan_compile.rollout_segment(program)
+  else:
+    function, arguments, _ = plan_compile.training_step(program, what)
+  return function.lower(*arguments).compile()
+
+
+def largest_of(what, shape, changes):
+  changes = tuple(sorted(changes.items()))
+  return largest(compiled(what, shape, changes).as_text())
+
+
+# Over context dense attention gathers a layer's keys, which are as large as all
+# its tokens; a ring of routed queries gathers nothing. There pixels, which are
+# whole, must be few beside the tokens they become.
+ROUTED = dict(top_k=2, dim=96)
+# What weights are made of, each layer as large as an eighth of all; few tokens.
+WEIGHTS = dict(dim=64, ffn_dim=512, num_layers=8, data=(("height", 4), ("width", 4)))
+# Between the blocks tokens are whole over tensor; what is cut is inside.
+WIDE = dict(dim=64, ffn_dim=512, num_heads=8)
+
+
+@pytest.mark.parametrize(
+  ("stage", "shape", "changes"),
+  [
+    ("resampling", FSDP, {}),
+    ("teacher_forcing", FSDP, WEIGHTS),
+    ("resampling", CONTEXT, ROUTED),
+    ("teacher_forcing", TENSOR, WIDE),
+    ("resampling", MIXED, {}),
+  ],
+)
+def test_nothing_is_whole_in_a_training_step(stage, shape, changes):
+  """No array is larger than a device's share of the largest.
+
+  XLA would rather keep all videos everywhere than gather a weight; and gather
+  the weights of all layers before their loop.
+  """
+  whole = largest_of(stage, ONE, changes)
+  assert largest_of(stage, shape, changes) <= whole / 8 * 1.05
+
+
+@pytest.mark.parametrize(
+  ("shape", "changes"),
+  [(FSDP, {}), (CONTEXT, {}), (CONTEXT, ROUTED), (TENSOR, WIDE), (MIXED, {})],
+)
+def test_nothing_is_whole_in_a_rollout(shape, changes):
+  """Each share of the batch makes one video: the rest cuts its cache."""
+  whole = largest_of(plan_compile.ROLLOUT, ONE, changes)
+  parts = shape[2] * shape[3]
+  share = largest_of(plan_compile.ROLLOUT, shape, changes)
+  assert share <= whole / parts * 1.05
