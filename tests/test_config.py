@@ -262,6 +262,12 @@ STAGE = "stage.resampling_forcing"
     ("S.objective=dmd S.history=ground_truth S.dmd.guidance=3.0"
      " model.text=none",
      "S.dmd.guidance 3.0 leads away from the null text"),
+    ("S.objective=dmd S.history=ground_truth optimizer.accumulation=2",
+     "S: objective 'dmd' trains its critic on what it makes"),
+    ("S.objective=dmd S.history=ground_truth sampling.guidance=2.0",
+     "S: objective 'dmd' makes a student that is sampled without guidance"),
+    ("S.objective=dmd S.history=ground_truth S.dmd.shift=5.0",
+     "S.dmd.shift 5.0 is not sampling.shift 1.0"),
     # Sampling.
     ("sampling.history_level=0.0", "sampling.history_level 0.0 must be posit"),
     ("sampling.history_level=1.5", "sampling.history_level 1.5 is not in"),
@@ -292,6 +298,7 @@ def test_methods_that_go_together_are_allowed(file):
     "S.history=ground_truth S.objective=diffusion_forcing",
     "S.objective=consistency loss.history_dropout=0.1",
     "S.objective=dmd S.history=ground_truth S.dmd.guidance=3.0",
+    "S.objective=dmd S.history=ground_truth S.dmd.shift=5.0 sampling.shift=5.0",
     "sampling.recompute=2 sampling.context_noise=0.1 sampling.context_told=0.2",
   ):
     arguments = [

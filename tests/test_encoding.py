@@ -113,13 +113,13 @@ def test_clips_are_what_vae_and_text_encoder_say(store, videos, wan_ckpt):
   short, most = max(lengths) - 2, max(lengths)
   cut = rf"it has {most} tokens, at most {short} fit: 2 would be cut"
   with pytest.raises(UserError, match=cut):
-    prompting.embed(wan_ckpt, told, int(short))
+    prompting.check(wan_ckpt, told, int(short))
   longest = told[int(np.argmax(lengths))]
   (line,) = prompting.check(wan_ckpt, [longest], int(short), cut=True)
   assert line.endswith(f"at most {short} fit: 2 are cut")
   text, lost = prompting.TextEncoder(wan_ckpt, int(short))(longest)
   assert lost == 2
-  kept = prompting.embed(wan_ckpt, [longest], int(short), cut=True)[0]
+  kept = prompting.embed(wan_ckpt, [longest], int(short))[0]
   np.testing.assert_array_equal(kept, text.astype(np.float32))
   for text, length in zip(found, lengths, strict=True):
     assert np.abs(text[:length]).max(1).min() > 0

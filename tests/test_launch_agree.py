@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import programs
 import pytest
 
@@ -44,7 +45,8 @@ def test_processes_that_disagree_are_refused_before_they_compile(tmp_path):
 
 def test_workdirs_that_are_not_one_are_refused_before_they_compile(tmp_path):
   done = programs.run(
-    LOCAL, "2", "bash", "-c", 'exec "$@$AVD_PROCESS_ID"', "avd", *TRAIN,
+    LOCAL, "2", "bash", "-c",
+    'AVD_TIMEOUT=24 exec "$@$AVD_PROCESS_ID"', "avd", *TRAIN,
     f"{tmp_path}/run_",
   )  # fmt: skip
   host = socket.gethostname()
@@ -103,6 +105,23 @@ def test_one_workdir_may_have_several_names(tmp_path):
   names = tmp_path / "run", tmp_path / "mounted", tmp_path / "run"
   assert share(*names) == [None] * 3
   assert not list((tmp_path / "run").iterdir())
+
+
+def test_what_a_killed_process_left_is_swept_up(tmp_path):
+  (tmp_path / ".shared-0123").touch()
+  assert share(tmp_path, tmp_path) == [None, None]
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_ends_meanwhile_is_told_of(tmp_path):
+  class Alone(Store):
+    def wait_at_barrier(self, name, wait):
+      raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out.")
+
+  group = devices.Group(Alone(1), 0, 20_000)
+  with pytest.raises(UserError, match=r"answered within 20 s.*DEADLINE"):
+    devices.share_workdir(group, tmp_path)
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_workdir_that_shows_late_is_waited_for(tmp_path, monkeypatch):

@@ -157,7 +157,7 @@ def test_the_smallest_counts_where_time_ran_out_before_anything_fit(
   assert untils[5:] == [pytest.approx(start + 60, abs=5)] * 3
 
 
-def test_nothing_compiled_in_time_is_said_so(monkeypatch, capsys):
+def test_nothing_compiled_in_time_is_said_so(monkeypatch, capsys, tmp_path):
   few, asked = few_cuts(monkeypatch), []
 
   def late(job, until, tick, trace=False):
@@ -166,11 +166,18 @@ def test_nothing_compiled_in_time_is_said_so(monkeypatch, capsys):
 
   assert plan_search.best(tiny(), CPU, None, 10, -1.0, late) == (None, few)
   assert not asked
-  search = ("--target", CPU, "--search", "--minutes", "0.5")
+  file = tmp_path / "plan.json"
+  search = (
+    "--target", CPU, "--search", "--minutes", "0.5", "--json", str(file),
+  )  # fmt: skip
   assert avd(monkeypatch, *search, apart=late) == 1
   shown = capsys.readouterr().out
   assert "nothing was compiled in 0.5 minutes; give more (--minutes)" in shown
   assert "found" not in shown
+  written = json.loads(file.read_text())
+  assert not written["fits"]
+  assert written["why"] in shown
+  assert len(written["search"]["tried"]) == 5
   # The last is the smallest again, in the last third of the time.
   assert asked == ["resampling_forcing"] * (5 + 1)
   asked.clear()

@@ -3,7 +3,6 @@
 import functools
 import re
 
-import jax
 import numpy as np
 import pytest
 from test_mesh import ONE, config_of, mesh_of
@@ -53,7 +52,9 @@ def largest_of(what, shape, changes):
 # whole, must be few beside the tokens they become.
 ROUTED = dict(top_k=2, dim=96)
 # What weights are made of, each layer as large as an eighth of all; few tokens.
-WEIGHTS = dict(dim=64, ffn_dim=512, num_layers=8, data=(("height", 4), ("width", 4)))
+WEIGHTS = dict(
+  dim=64, ffn_dim=512, num_layers=8, data=(("height", 4), ("width", 4))
+)
 # Between the blocks tokens are whole over tensor; what is cut is inside.
 WIDE = dict(dim=64, ffn_dim=512, num_heads=8)
 

@@ -394,6 +394,8 @@ def test_a_video_whose_cache_cannot_be_held_is_refused(count):
   check(10 * count)
   with pytest.raises(UserError, match=f"{10 * count + 1} chunks take"):
     check(10 * count + 1)
+  with pytest.raises(UserError, match=rf"{count + 1} videos of 10 chunks take"):
+    sampling.check(config, (12, 12), 10, mesh, memory, videos=count + 1)
   # Guidance has a second cache; a window forgets.
   config.sampling.guidance = 3.0
   with pytest.raises(UserError, match=f"{10 * count} chunks take"):

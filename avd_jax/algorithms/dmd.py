@@ -89,10 +89,10 @@ class Critic(NamedTuple):
 def memory(
   params: Params, tx: optax.GradientTransformation
 ) -> dict[str, Params | Critic]:
-  """Teacher and critic, both as the student begins.
+  """Teacher and critic, alike as a stage begins.
 
   Args:
-    params: the student's weights.
+    params: their weights.
     tx: the critic's optimizer.
   """
   copy = lambda: jax.tree.map(jnp.copy, params)

@@ -238,9 +238,7 @@ def measure(job: Job) -> Figures:
       flops, videos, frames = work
       done = flops
     else:
-      function, arguments, held = training_step(
-        program, job.what, job.local
-      )
+      function, arguments, held = training_step(program, job.what, job.local)
       flops, done = plan_work.step_flops(config, job.what, job.local)
       videos, frames = config.data.batch_size, config.data.frames
     weights = plan_work.count(program.abstract_state().params)

@@ -241,13 +241,17 @@ def record(
       "device_hours": _total(rows, "device_hours"),
     },
     "advice": list(advice),
-    "search": {
-      "ways": len(tried),
-      "tried": [_tried(candidate) for candidate in tried if candidate.asked],
-    },
+    "search": _search(tried),
     "assumptions": list(ASSUMPTIONS),
     "sources": list(chip.sources) if chip else [],
     "versions": versions(),
+  }
+
+
+def _search(tried: Sequence[Candidate]) -> dict[str, Any]:
+  return {
+    "ways": len(tried),
+    "tried": [_tried(candidate) for candidate in tried if candidate.asked],
   }
 
 
@@ -348,6 +352,19 @@ def nothing(
       f" {limit / chips.GIB:.2f}; name more devices, or a smaller run"
     )
   return f"nothing was compiled in {minutes:g} minutes; give more (--minutes)"
+
+
+def nothing_record(
+  tried: Sequence[Candidate], target: str, why: str, command: str
+) -> dict[str, Any]:
+  """That of a search without a plan, as plain values; see `record`."""
+  return {
+    "command": command,
+    "target": target,
+    "fits": False,
+    "why": why,
+    "search": _search(tried),
+  }
 
 
 def versions() -> dict[str, str | None]:

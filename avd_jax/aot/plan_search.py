@@ -86,9 +86,16 @@ def _changed(
 
 def _accumulations(config: ConfigDict) -> list[int]:
   """The config's own, and the powers of 2 that divide its batch."""
+  if not _accumulates(config):
+    return [config.optimizer.accumulation]
   batch = config.data.batch_size
   powers = {2**n for n in range(batch.bit_length()) if batch % 2**n == 0}
   return sorted(powers | {config.optimizer.accumulation})
+
+
+def _accumulates(config: ConfigDict) -> bool:
+  """Whether a run stays what it is where its batch comes in parts."""
+  return all(config.stage[name].objective != "dmd" for name in config.stages)
 
 
 def _divides(config: ConfigDict, mesh: Mesh) -> None:
@@ -374,6 +381,8 @@ def _ways(done: Plan, key: tuple[str, int]) -> list[str]:
   beyond, lines = done.figures[key].needed - memory, []
   for what, target, mesh, remat, times in tries:
     if (target, mesh, remat, times) == (done.target, own, *now):
+      continue
+    if times != now[1] and not _accumulates(config):
       continue
     try:
       most, share = _needs(config, target, name, state, mesh, remat, times)

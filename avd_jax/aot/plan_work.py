@@ -93,6 +93,8 @@ def _rollout_flops(
   """Of a video's first chunks, solved and taken into a cache."""
   options, flops = stage.degradation, 0
   given = 0 if options.random_prefix else options.clean_prefix
+  if stage.objective == "dmd":
+    given = max(given, config.loss.skip_chunks)
   given = min(given, config.data.frames // config.model.chunk_frames - 1)
   for index in range(chunks):
     flops += (1 + steps * (index >= given)) * chunk_flops(config, index)

@@ -23,6 +23,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,9 @@ from avd_jax.errors import UserError
 
 VARIABLES = ("AVD_COORDINATOR", "AVD_NUM_PROCESSES", "AVD_PROCESS_ID")
 CACHE = Path("~/.cache/avd_jax/jax").expanduser()
-# Seconds in which a network's disk shows what another machine has written.
-PATIENCE = 10
+# Seconds in which a network's disk shows what another machine has written: NFS
+# looks again into a directory after 60, unless told otherwise.
+PATIENCE = 60
 
 
 def start(several: bool = False) -> None:
@@ -204,14 +206,16 @@ class Group:
     """Process 0's value, in all of them."""
     if self.index == 0:
       self.client.key_value_set(f"avd/{name}", json.dumps(value))
-    text = self.client.blocking_key_value_get(f"avd/{name}", self.wait)
+    with self._answered():
+      text = self.client.blocking_key_value_get(f"avd/{name}", self.wait)
     return json.loads(text)
 
   def complaints(self, name: str, complaint: str) -> str:
     """What all of them complain of, in a line; empty if none does."""
     directory = f"avd/{name}_complaints/"
     self.client.key_value_set(f"{directory}{self.index}", complaint)
-    self.client.wait_at_barrier(f"avd/{name}", self.wait)
+    with self._answered():
+      self.client.wait_at_barrier(f"avd/{name}", self.wait)
     found = dict(self.client.key_value_dir_get(directory))
     texts = [
       f"process {key.rpartition('/')[2]}: {text}"
@@ -219,6 +223,18 @@ class Group:
       if text
     ]
     return " | ".join(texts[:5])
+
+  @contextlib.contextmanager
+  def _answered(self) -> Iterator[None]:
+    """The others, or an error that says so."""
+    try:
+      yield
+    except jax.errors.JaxRuntimeError as error:
+      first = str(error).strip().partition("\n")[0]
+      raise UserError(
+        f"process {self.index}: not all of the others answered within"
+        f" {self.wait // 1000} s (AVD_TIMEOUT); did one of them end? ({first})"
+      ) from error
 
 
 def agree(config: ConfigDict, workdir: str | Path) -> None:
@@ -229,7 +245,8 @@ def agree(config: ConfigDict, workdir: str | Path) -> None:
 
   Raises:
     UserError: in every process, naming those that differ from process 0: in
-      which fields of the config, in how many they are, or in the workdir.
+      which fields of the config, in how many they are, or in the workdir; or
+      some of them did not answer in time.
   """
   if not jax.distributed.is_initialized():
     return
@@ -256,7 +273,7 @@ def share_workdir(group: Group, workdir: Path) -> None:
 
   Raises:
     UserError: in every process, naming those that see another directory than
-      process 0, or other checkpoints in it.
+      process 0, or other checkpoints in it; or some did not answer in time.
   """
   place = f"{socket.gethostname()}:{workdir}"
   mark, first, complaint = None, {}, ""
@@ -264,6 +281,8 @@ def share_workdir(group: Group, workdir: Path) -> None:
     mark = workdir / f".shared-{uuid.uuid4().hex}"
     try:
       workdir.mkdir(parents=True, exist_ok=True)
+      for old in workdir.glob(".shared-*"):  # of a process that was killed
+        old.unlink(missing_ok=True)
       mark.touch()
       first = {"place": place, "mark": mark.name, "steps": _newest(workdir)}
     except OSError as error:
@@ -271,7 +290,9 @@ def share_workdir(group: Group, workdir: Path) -> None:
   try:
     first = group.first("workdir", first)
     if first and group.index:
-      complaint = _not_the_same(workdir, place, first)
+      # The others wait for this one's answer meanwhile.
+      patience = min(PATIENCE, group.wait / 2000)
+      complaint = _not_the_same(workdir, place, first, patience)
     complaints = group.complaints("workdir", complaint)
   finally:
     if mark is not None:
@@ -283,9 +304,11 @@ def share_workdir(group: Group, workdir: Path) -> None:
     )
 
 
-def _not_the_same(workdir: Path, place: str, first: dict[str, Any]) -> str:
+def _not_the_same(
+  workdir: Path, place: str, first: dict[str, Any], patience: float
+) -> str:
   """What a workdir lacks of process 0's; empty if nothing, soon enough."""
-  end = time.monotonic() + PATIENCE
+  end = time.monotonic() + patience
   while True:
     try:
       seen = (workdir / first["mark"]).exists()

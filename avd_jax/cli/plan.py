@@ -64,11 +64,11 @@ def run(args: argparse.Namespace) -> None:
   name, _, size = args.target.partition(":")
   if name == "cpu" and size.isdigit():
     os.environ["JAX_NUM_CPU_DEVICES"] = size
-  import json
   import shlex
   from pathlib import Path
 
   from avd_jax import config as config_lib
+  from avd_jax import disk
   from avd_jax.aot import plan_report, plan_search, planner
 
   arguments.check_file("--json", args.json)
@@ -85,7 +85,11 @@ def run(args: argparse.Namespace) -> None:
   if args.search:
     print(plan_report.ranking(tried, limit), end="\n\n")
   if plan is None:
-    print(plan_report.nothing(tried, limit, args.minutes))
+    why = plan_report.nothing(tried, limit, args.minutes)
+    print(why)
+    if args.json:
+      values = plan_report.nothing_record(tried, args.target, why, command)
+      disk.write_json(Path(args.json), values)
     sys.exit(1)
   print(plan_report.table(plan))
   if args.search:
@@ -98,6 +102,6 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(hints or ["nothing that was thought of"]))
   if args.json:
     values = plan_report.record(plan, tried, hints, command)
-    Path(args.json).write_text(json.dumps(values, indent=2) + "\n")
+    disk.write_json(Path(args.json), values)
   if not plan.fits:
     sys.exit(1)

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+  import shlex
   import textwrap
   from pathlib import Path
 
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
       raise UserError(f"{file}: {error}") from None
     name = f"{Path(file).stem}: {plan['stage']} on {plan['target']}"
     curves[name] = points
+  print(shlex.join(["avd", *args.argv]), end="\n\n")
   for name, points in curves.items():
     print(scaling.table(name, points), end="\n\n")
   for line in scaling.ASSUMPTIONS:

@@ -228,6 +228,25 @@ def _check_dmd(
       f"{name}: objective 'dmd' keeps the history in a cache, where"
       " loss.history_dropout cannot replace it: set it to 0"
     )
+  if config.optimizer.accumulation > 1:
+    raise UserError(
+      f"{name}: objective 'dmd' trains its critic on what it makes, and would"
+      " on every microbatch: set optimizer.accumulation to 1"
+    )
+  # Such a student knows one way of being sampled.
+  if name == f"stage.{config.stages[-1]}":
+    if config.sampling.guidance != 1:
+      raise UserError(
+        f"{name}: objective 'dmd' makes a student that is sampled without"
+        " guidance by text: set sampling.guidance to 1 (the teacher's is"
+        f" {name}.dmd.guidance)"
+      )
+    if config.sampling.shift != options.shift:
+      raise UserError(
+        f"{name}.dmd.shift {options.shift} is not sampling.shift"
+        f" {config.sampling.shift}: a student is sampled at the levels it"
+        " learned; set both alike"
+      )
   chunks = config.data.frames // config.model.chunk_frames
   prefix = max(section.degradation.clean_prefix, config.loss.skip_chunks)
   if prefix >= chunks:

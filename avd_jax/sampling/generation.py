@@ -345,7 +345,7 @@ def _embed(found: Plan) -> tuple[Texts, np.ndarray | None]:
   said = [*found.texts, request.negative or ""]
   if found.config.model.text == "embeddings":
     checkpoint = spaces.companion(request.workdir, request.wan, "text")
-    values = prompting.embed(checkpoint, said, length, request.cut_prompts)
+    values = prompting.embed(checkpoint, said, length)
   else:
     said = [captions.beginning(text, length) for text in said]
     values = np.stack([captions.encode_bytes(text, length) for text in said])

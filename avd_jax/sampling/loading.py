@@ -80,6 +80,7 @@ def check(
   chunks: int,
   mesh: Mesh | None,
   memory: int | None = None,
+  videos: int = 1,
 ) -> None:
   """Refuses what a run cannot be sampled with; no weights are read.
 
@@ -89,6 +90,7 @@ def check(
     chunks: that a cache has room for; see `Sampler.room`.
     mesh: what to run on; None is the default device.
     memory: bytes that a device has; None is not known.
+    videos: made at once.
 
   Raises:
     UserError: what the mesh does not cut evenly, a cache that is larger than
@@ -102,8 +104,8 @@ def check(
     parallel.check_divides(mesh, tokens=tokens, heads=model.num_heads)
     _params(model, config_lib.typed(DataConfig, config.data), mesh)
   if memory is not None:
-    needed = _cache_bytes(config, model, grid, chunks, mesh)
-    _check_memory(needed, memory, chunks)
+    needed = videos * _cache_bytes(config, model, grid, chunks, mesh)
+    _check_memory(needed, memory, chunks, videos)
   attention.check(
     model.attention,
     chunks=chunks,
@@ -138,13 +140,16 @@ def _cache_bytes(
   return whole / (mesh.shape["context"] * mesh.shape["tensor"])
 
 
-def _check_memory(needed: float, there: int, chunks: int) -> None:
+def _check_memory(needed: float, there: int, chunks: int, videos: int) -> None:
   """Weights and what is computed come on top: this much is sure."""
   if needed > there:
+    many = f"{videos:,} videos of " if videos > 1 else ""
+    fewer = "make fewer (evaluation.videos), " if videos > 1 else ""
     raise UserError(
-      f"keys and values of {chunks:,} chunks take {needed / 2**30:,.1f} GiB on"
-      f" a device, which has {there / 2**30:,.1f}: make a shorter video, or let"
-      " it forget: --config.model.attention.window=20, or"
+      f"keys and values of {many}{chunks:,} chunks take"
+      f" {needed / 2**30:,.1f} GiB on a device, which has"
+      f" {there / 2**30:,.1f}: {fewer}make a shorter video, or let it forget:"
+      " --config.model.attention.window=20, or"
       " --config.sampling.recompute=20"
     )
 

@@ -363,5 +363,5 @@ def _record(
 
 def _note(notes: list[dict[str, Any]], note: dict[str, Any]) -> None:
   """Once for all clips of a file, which come one after another."""
-  if note not in notes[-1:]:
+  if note["file"] not in [last["file"] for last in notes[-1:]]:
     notes.append(note)

@@ -157,7 +157,8 @@ def _has(workdir: Path, name: str) -> bool:
 def _open_dit(workdir: Path) -> tuple[DiTConfig, trees.Saved]:
   checkpoints, step = checkpoint.open_existing(workdir)
   try:
-    config = config_lib.from_json(checkpoints.record(step)["config"])
+    recorded = checkpoints.record(step)["config"]
+    config = config_lib.from_json(config_lib.complete(recorded))
     path = checkpoints.path / str(step) / "ema"
   finally:
     checkpoints.close()

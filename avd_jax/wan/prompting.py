@@ -111,20 +111,15 @@ class TextEncoder:
 
 
 def embed(
-  checkpoint: str | Path,
-  prompts: Sequence[str],
-  length: int,
-  cut: bool = False,
+  checkpoint: str | Path, prompts: Sequence[str], length: int
 ) -> Float[np.ndarray, "n m d"]:
   """Embeddings of prompts, float32, zeros behind each prompt's end.
 
-  Args and errors as `check`, which finds them without weights.
+  Args and errors as `check`, which finds them without weights; what is too long
+  is cut.
   """
   encoder = TextEncoder(checkpoint, length)
-  found = {}
-  for prompt in dict.fromkeys(prompts):
-    found[prompt], lost = encoder(prompt)
-    check_length(prompt, length + lost, length, cut)
+  found = {prompt: encoder(prompt)[0] for prompt in dict.fromkeys(prompts)}
   out = np.zeros((len(prompts), length, encoder.weights[0].dim), np.float32)
   for row, prompt in zip(out, prompts, strict=True):
     row[: len(found[prompt])] = found[prompt]
