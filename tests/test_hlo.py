@@ -227,3 +227,23 @@ ENTRY %main (to: f32[30,64], s: f32[30,8,8], i: s32[]) -> f32[30,64] {
 def test_a_row_read_and_a_row_written_are_not_the_whole_stack():
   row = 64 * 4
   assert hlo.read(NESTED).traffic == 2 * row + 4
+
+
+# As a GPU's compiler hands a product [256, 56] x [56, 1536] to cuBLAS.
+GPU = """
+HloModule step, is_scheduled=true
+
+ENTRY %main (a: f32[256,56], b: f32[56,1536]) -> f32[256,1536] {
+  %a = f32[256,56]{1,0} parameter(0)
+  %b = f32[56,1536]{1,0} parameter(1)
+  %gemm = (f32[256,1536]{1,0}, s8[1024]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  %out = f32[256,1536]{1,0} get-tuple-element(%gemm), index=0
+  ROOT %seen = f32[256,1536]{1,0} custom-call(%out), custom_call_target="__cudnn$fmhaSoftmax"
+}
+"""  # noqa: E501
+
+
+def test_products_of_cublas_are_counted_and_other_kernels_named():
+  found = hlo.read(GPU)
+  assert found.flops == 2 * 256 * 56 * 1536
+  assert found.kernels == {"__cudnn$fmhaSoftmax": 1}

@@ -109,7 +109,8 @@ def read(text: str, on_chip: bool = False) -> Reading:
   ):
     reading.traffic += times * _moved(module, inside, made, on_chip)
     for computation, part in within(module, inside, made):
-      reading.flops += times * flops(computation, part)
+      work = flops(computation, part)
+      reading.flops += times * work
       kind = part.op.removesuffix("-start")
       if kind in KINDS and not _continued(part):
         scattered = "all-reduce-scatter" in (made.called("calls") or "")
@@ -117,7 +118,7 @@ def read(text: str, on_chip: bool = False) -> Reading:
           _collective(computation, part, kind, times, scattered, devices)
         )
       kernel = _kernel(part)
-      if kernel:
+      if kernel and not work:
         reading.kernels[kernel] = reading.kernels.get(kernel, 0) + times
   return reading
 

@@ -32,6 +32,9 @@ from avd_jax.training.program import Program
 from avd_jax.training.step import Schedule
 
 ROLLOUT = "rollout"  # stands among the stages for the sampler's segment
+# Where there is no GPU to time tiles on, XLA takes some that its own Triton
+# cannot compile; cuBLAS has no tiles to choose.
+_GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +249,8 @@ def measure(job: Job) -> Figures:
     figures.videos, figures.frames = videos, frames
     lowered = function.lower(*arguments)
     try:
-      compiled = lowered.compile()
+      gpu = name != topologies.HOST and topologies.find(name).platform == "gpu"
+      compiled = lowered.compile(_GPU_OPTIONS if gpu else None)
     except jax.errors.JaxRuntimeError as error:
       _too_much(figures, str(error))
       compiled = None
