@@ -8,6 +8,7 @@ import pytest
 from test_mesh import ONE, config_of, mesh_of
 
 from avd_jax.aot import plan_compile
+from avd_jax.models import denoiser
 from avd_jax.training.program import Program
 
 FSDP, CONTEXT, TENSOR = (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8)
@@ -89,3 +90,17 @@ def test_nothing_is_whole_in_a_rollout(shape, changes):
   parts = shape[2] * shape[3]
   share = largest_of(plan_compile.ROLLOUT, shape, changes)
   assert share <= whole / parts * 1.05
+
+
+def test_a_cache_is_kept_as_it_comes_on_tpus(monkeypatch):
+  """A loop that lays it out anew holds it twice: 11 GiB at 1.3B."""
+  laid = "@LayoutConstraint"
+
+  def text():
+    function, arguments, *_ = plan_compile.rollout_segment(program_of(ONE))
+    traced = function.trace(*arguments)
+    return traced.lower(lowering_platforms=("tpu",)).as_text()
+
+  assert laid not in text()
+  monkeypatch.setattr(denoiser, "platform_of", lambda place: "tpu")
+  assert laid in text()

@@ -175,6 +175,11 @@ def _who_is_missing(seconds: int) -> str:
   host, _, port = address.rpartition(":")
   try:
     socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+  except socket.gaierror as error:
+    return (
+      f"{this}: {host} of {address} is no name that this machine knows, not"
+      f" within {seconds} s (AVD_TIMEOUT) either ({error})"
+    )
   except OSError:
     return (
       f"{this}: nothing answered at {address} within {seconds} s"

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
@@ -22,7 +23,7 @@ from avd_jax.models import attention
 from avd_jax.models.dit import Block, CausalDiT
 from avd_jax.models.dit_config import DiTConfig
 from avd_jax.ops import kv_cache, masks
-from avd_jax.ops.attention import Place
+from avd_jax.ops.attention import Place, platform_of
 from avd_jax.typing import Denoiser, Params, Text
 
 
@@ -86,10 +87,18 @@ def _cached(
 
 def _placed(kv: kv_cache.KVCache, place: Place) -> kv_cache.KVCache:
   """A cache cut over the mesh like the activations it is made of."""
-  cut = lambda names: lambda x: parallel.constrain(x, place, names)
+
+  def chunks(x):
+    x = parallel.constrain(x, place, parallel.HEADS)
+    if platform_of(place) != "tpu":
+      return x
+    # Tokens within heads, as it comes and as kernels read it: a loop over
+    # chunks would lay it out anew, and so hold it twice.
+    return with_layout_constraint(x, Layout((0, 1, 3, 2, 4)))
+
+  means = (parallel.constrain(x, place, parallel.MEANS) for x in kv.mean)
   return kv_cache.KVCache(
-    *(tuple(map(cut(parallel.HEADS), part)) for part in (kv.k, kv.v)),
-    tuple(map(cut(parallel.MEANS), kv.mean)),
+    tuple(map(chunks, kv.k)), tuple(map(chunks, kv.v)), tuple(means)
   )
 
 

@@ -206,11 +206,8 @@ def _backward(static, kept, cotangents):
   q, q_sink, k, v, own, plan, out, lse = kept
   dout, dlse = cotangents
   delta = jnp.sum(out.astype(jnp.float32) * dout, -1) - dlse
-  # One array, as they are gathered together: padding gets PAD in both, and
-  # by the lse's a probability of 0.
-  levels = jnp.stack([lse, delta], -1)
-  args = (q, q_sink, dout.astype(q.dtype), levels)
-  q, q_sink, dout, levels = jax.tree.map(_by_head, args)
+  args = (q, q_sink, dout.astype(q.dtype), lse, delta)
+  q, q_sink, dout, lse, delta = jax.tree.map(_by_head, args)
   b, a, length, _ = q.shape
 
   def used(gradients, column):
@@ -226,7 +223,8 @@ def _backward(static, kept, cotangents):
   dq, *dkv = engine.backward(
     mine.cut(met),
     mine.cut(dout),
-    mine.cut(levels, PAD),
+    mine.cut(lse, PAD),  # of padding, which so gets a probability of 0
+    mine.cut(delta),
     column,
     k,
     v,
@@ -239,7 +237,8 @@ def _backward(static, kept, cotangents):
   dqs, *more = engine.backward(
     slots.cut(q, q_sink),
     slots.cut(dout),
-    slots.cut(levels, empty=PAD),
+    slots.cut(lse, empty=PAD),
+    slots.cut(delta),
     plan.column,
     k,
     v,

@@ -25,9 +25,9 @@ class Engine(NamedTuple):
     forward: (q [b a p s d], column [b a p], k [b k a d], v, tokens) to
       (out [b a p s d], lse [b a p s]). What tiles without a column give is
       never read.
-    backward: (q, dout, levels, column, k, v, tokens), as above, levels
-      [b a p s 2] the lse and sum(out * dout) - dlse, to (dq [b a p s d],
-      dk [b k a d] float32, dv). A column without tiles may give anything.
+    backward: (q, dout, lse, delta, column, k, v, tokens), as above, delta
+      [b a p s] the sum(out * dout) - dlse, to (dq [b a p s d], dk [b k a d]
+      float32, dv). A column without tiles may give anything.
     block: bounds on the rows of a tile: the largest power of two within them
       that the slots of an average column fill.
     own_block: most rows of a tile of a chunk's attention to itself.
@@ -112,9 +112,9 @@ def _loop_forward(q, column, k, v, tokens):
   return out[:n].reshape(shape), lse[:n].reshape(shape[:-1])
 
 
-def _loop_backward(q, dout, levels, column, k, v, tokens):
+def _loop_backward(q, dout, lse, delta, column, k, v, tokens):
   shape, scale = q.shape, q.shape[-1] ** -0.5
-  q, dout, levels = map(_flat, (q, dout, levels))
+  q, dout, lse, delta = map(_flat, (q, dout, lse[..., None], delta[..., None]))
   turns, turn = _turn(column, tokens)
   n = len(q)
 
@@ -130,11 +130,10 @@ def _loop_backward(q, dout, levels, column, k, v, tokens):
     tile, safe, start, chunk = turn(i)
     rows, keys, values, back = q[safe], chunk(k), chunk(v), dout[safe]
     # Surplus tiles add nothing: their probabilities are 0.
-    level = jnp.where((tile < n)[:, None, None], levels[safe], PAD)
-    lse, delta = level[..., :1], level[..., 1:]
+    level = jnp.where((tile < n)[:, None, None], lse[safe], PAD)
     logits = _product("wsd,wkd->wsk", rows, keys) * scale
-    weight = jnp.exp(logits - lse)
-    slope = _product("wsd,wkd->wsk", back, values) - delta
+    weight = jnp.exp(logits - level)
+    slope = _product("wsd,wkd->wsk", back, values) - delta[safe]
     slope = (weight * slope * scale).astype(rows.dtype)
     weight = weight.astype(back.dtype)
     dv = add(dv, start, _product("wsk,wsd->wkd", weight, back))

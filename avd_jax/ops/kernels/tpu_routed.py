@@ -272,9 +272,9 @@ def _forward(q, column, k, v, tokens, *, interpret):
   return out, lse[..., 0, :]
 
 
-def _backward(q, dout, levels, column, k, v, tokens, *, interpret):
+def _backward(q, dout, lse, delta, column, k, v, tokens, *, interpret):
   at = _Layout(q, column, k, tokens)
-  lse, delta = (levels[..., None, :, i] for i in range(2))
+  lse, delta = lse[..., None, :], delta[..., None, :]
   chunks = jax.ShapeDtypeStruct(at.chunks(k).shape, jnp.float32)
   dq, dk, dv = _call(
     _backward_kernel,
