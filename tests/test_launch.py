@@ -269,6 +269,14 @@ def test_who_does_not_come_is_reported(index, message, monkeypatch):
     assert "is each told that they are 3 (AVD_NUM_PROCESSES)" in told
 
 
+def test_a_host_that_nobody_knows_is_reported(monkeypatch):
+  told = join(
+    monkeypatch, COORDINATOR="nowhere.invalid:1234", NUM_PROCESSES="2",
+    PROCESS_ID="1", TIMEOUT="2",
+  )  # fmt: skip
+  assert "process 1 of 2: nowhere.invalid of nowhere.invalid:1234 is no" in told
+
+
 GOOD = {"COORDINATOR": "h:1", "NUM_PROCESSES": "2", "PROCESS_ID": "1"}
 
 

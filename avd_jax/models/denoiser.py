@@ -94,7 +94,12 @@ def _placed(kv: kv_cache.KVCache, place: Place) -> kv_cache.KVCache:
       return x
     # Tokens within heads, as it comes and as kernels read it: a loop over
     # chunks would lay it out anew, and so hold it twice.
-    return with_layout_constraint(x, Layout((0, 1, 3, 2, 4)))
+    laid = lambda x: with_layout_constraint(x, Layout((0, 1, 3, 2, 4)))
+    if not isinstance(place, Mesh) or place.size == 1:
+      return laid(x)
+    # XLA cuts no layout constraint: said of each device's share.
+    cut = parallel.spec(parallel.HEADS)
+    return jax.shard_map(laid, mesh=place, in_specs=cut, out_specs=cut)(x)
 
   means = (parallel.constrain(x, place, parallel.MEANS) for x in kv.mean)
   return kv_cache.KVCache(

@@ -88,16 +88,18 @@ def plan(
   there = chosen >= 0
   place = jnp.where(there, first * block + ranks, NONE)
 
-  # Places outside are dropped; they differ, as unique_indices demands.
-  outside = slots + jnp.arange(t * q, dtype=jnp.int32).reshape(t, q)
-  target = jnp.where(there, place, outside).reshape(b, a, -1)
-  token = jnp.tile(jnp.arange(q, dtype=jnp.int32), t)
-  scatter = lambda target: (
-    jnp.full((slots,), NONE, jnp.int32)
-    .at[target]
-    .set(token, mode="drop", unique_indices=True)
+  # One flat scatter, as the gather of `_rows` is. Places outside are dropped;
+  # they differ, as unique_indices demands.
+  total = b * a * slots
+  outside = total + jnp.arange(chosen.size, dtype=jnp.int32)
+  target = place + _starts(b, a, slots)[..., None]
+  target = jnp.where(there, target, outside.reshape(chosen.shape)).reshape(-1)
+  token = jnp.broadcast_to(jnp.arange(q, dtype=jnp.int32), chosen.shape)
+  query = jnp.full((total,), NONE, jnp.int32)
+  query = query.at[target].set(
+    token.reshape(-1), mode="drop", unique_indices=True
   )
-  query = jax.vmap(jax.vmap(scatter))(target)
+  query = query.reshape(b, a, slots)
 
   tile = jnp.arange(tiles, dtype=jnp.int32)[:, None]
   column = jnp.sum(tile >= end[:, :, None], -1, dtype=jnp.int32)
@@ -105,13 +107,22 @@ def plan(
   return Plan(query, place, column)
 
 
+def _starts(b: int, a: int, n: int) -> Int[Array, "b a 1"]:
+  """Where rows of n begin, all of them in a line."""
+  return jnp.arange(b * a, dtype=jnp.int32).reshape(b, a, 1) * n
+
+
 def _rows(x, index, empty=None):
   """Rows of x [b a n ...] at index [b a i]; `empty` where that is NONE.
 
   Without an `empty` rows at NONE are some row or other.
   """
-  take = jax.vmap(jax.vmap(lambda x, i: x.at[i].get(mode="clip")))
-  rows = take(x, jnp.maximum(index, 0))
+  b, a, n = x.shape[:3]
+  # One flat gather: of batched ones libtpu's layouts for v6e come out wrong.
+  at = (_starts(b, a, n) + jnp.clip(index, 0, n - 1)).reshape(-1)
+  flat = x.reshape(b * a * n, *x.shape[3:])
+  rows = flat.at[at].get(mode="promise_in_bounds")
+  rows = rows.reshape(*index.shape, *x.shape[3:])
   if empty is None:
     return rows
   there = jnp.expand_dims(index >= 0, range(3, rows.ndim))
