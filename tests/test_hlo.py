@@ -247,3 +247,5 @@ def test_products_of_cublas_are_counted_and_other_kernels_named():
   found = hlo.read(GPU)
   assert found.flops == 2 * 256 * 56 * 1536
   assert found.kernels == {"__cudnn$fmhaSoftmax": 1}
+  a, b, out = 256 * 56, 56 * 1536, 256 * 1536
+  assert found.traffic == 4 * (a + b + out + 2 * out)  # no scratch

@@ -108,7 +108,7 @@ def test_one_workdir_may_have_several_names(tmp_path):
 
 
 def test_what_a_killed_process_left_is_swept_up(tmp_path):
-  (tmp_path / ".shared-0123").touch()
+  (tmp_path / f".shared-{32 * '0'}").touch()
   assert share(tmp_path, tmp_path) == [None, None]
   assert not list(tmp_path.iterdir())
 

@@ -175,7 +175,7 @@ def test_nothing_compiled_in_time_is_said_so(monkeypatch, capsys, tmp_path):
   assert "nothing was compiled in 0.5 minutes; give more (--minutes)" in shown
   assert "found" not in shown
   written = json.loads(file.read_text())
-  assert not written["fits"]
+  assert written["fits"] is None
   assert written["why"] in shown
   assert len(written["search"]["tried"]) == 5
   # The last is the smallest again, in the last third of the time.

@@ -33,6 +33,7 @@ STUDIES = (
   "strategies",
 )
 # They have no analysis and no way to train that others lack: minutes saved.
+# That their configs are sound is seen in tests/test_study.py.
 LONG = ("causality", "content_cost", "history")
 ALL = bool(os.environ.get("AVD_TEST_ALL"))
 ABOUT = {"command": "avd study x", "device": "a test"}

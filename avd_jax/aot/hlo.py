@@ -230,8 +230,15 @@ def _moved(
     return 0
   size = lambda shape: sum(sizes(shape, on_chip))
   given = [inside[name].shape for name in made.operands]
-  if made.op == "custom-call" and _kernel(made) is None:
-    return 0
+  if made.op == "custom-call":
+    kernel = _kernel(made)
+    if kernel is None:
+      return 0
+    written = size(made.shape)
+    if kernel.startswith("__cu"):  # their scratch, bytes in a line, is last
+      scratch = re.findall(r"[su]8\[\d+\]", made.shape)
+      written -= sum(sum(sizes(each)) for each in scratch)
+    return written + sum(map(size, given))
   if made.op in _SLICES:
     return size(made.shape) + min(size(given[0]), sum(sizes(made.shape)))
   if made.op == "slice-start":  # (operand, result, context)

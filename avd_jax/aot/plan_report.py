@@ -19,6 +19,8 @@ ASSUMPTIONS = (
   " first alone.",
   "Memory traffic is what goes in and out of fusions; exchange is a ring for"
   " each collective, one after another, through links that nobody else uses.",
+  "What goes to the host's memory and back (remat offload) takes no time.",
+  "On GPUs all products are cuBLAS's; a run may time them against Triton's.",
   "Data, checkpoints, evaluation and restarts take no time.",
 )
 
@@ -361,9 +363,10 @@ def nothing_record(
   return {
     "command": command,
     "target": target,
-    "fits": False,
+    "fits": None,
     "why": why,
     "search": _search(tried),
+    "versions": versions(),
   }
 
 

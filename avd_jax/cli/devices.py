@@ -209,19 +209,19 @@ class Group:
 
   def first(self, name: str, value: Any) -> Any:
     """Process 0's value, in all of them."""
-    if self.index == 0:
-      self.client.key_value_set(f"avd/{name}", json.dumps(value))
     with self._answered():
+      if self.index == 0:
+        self.client.key_value_set(f"avd/{name}", json.dumps(value))
       text = self.client.blocking_key_value_get(f"avd/{name}", self.wait)
     return json.loads(text)
 
   def complaints(self, name: str, complaint: str) -> str:
     """What all of them complain of, in a line; empty if none does."""
     directory = f"avd/{name}_complaints/"
-    self.client.key_value_set(f"{directory}{self.index}", complaint)
     with self._answered():
+      self.client.key_value_set(f"{directory}{self.index}", complaint)
       self.client.wait_at_barrier(f"avd/{name}", self.wait)
-    found = dict(self.client.key_value_dir_get(directory))
+      found = dict(self.client.key_value_dir_get(directory))
     texts = [
       f"process {key.rpartition('/')[2]}: {text}"
       for key, text in sorted(found.items())
@@ -236,9 +236,10 @@ class Group:
       yield
     except jax.errors.JaxRuntimeError as error:
       first = str(error).strip().partition("\n")[0]
+      late = f" within {self.wait // 1000} s (AVD_TIMEOUT)"
       raise UserError(
-        f"process {self.index}: not all of the others answered within"
-        f" {self.wait // 1000} s (AVD_TIMEOUT); did one of them end? ({first})"
+        f"process {self.index}: not all of the others answered"
+        f"{late if 'DEADLINE' in first else ''}; did one of them end? ({first})"
       ) from error
 
 
@@ -286,9 +287,11 @@ def share_workdir(group: Group, workdir: Path) -> None:
     mark = workdir / f".shared-{uuid.uuid4().hex}"
     try:
       workdir.mkdir(parents=True, exist_ok=True)
-      for old in workdir.glob(".shared-*"):  # of a process that was killed
-        old.unlink(missing_ok=True)
       mark.touch()
+      for old in workdir.glob(".shared-" + 32 * "[0-9a-f]"):
+        if old != mark:  # of a start that was killed
+          with contextlib.suppress(OSError):
+            old.unlink()
       first = {"place": place, "mark": mark.name, "steps": _newest(workdir)}
     except OSError as error:
       complaint = f"cannot write into {place} ({error})"

@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> None:
   lengths = config.evaluation.given // chunk, config.evaluation.frames // chunk
   _, room = sampling.Sampler(config, None).room(*lengths)
   grid = config.data.height, config.data.width
-  videos = len(prompts.truth.x)  # all of them are made at once
-  sampling.check(config, grid, room, mesh, devices.memory(), videos)
+  count = len(prompts.truth.x)  # all of them are made at once
+  sampling.check(config, grid, room, mesh, devices.memory(), count)
   sampler = sampling.load(args.workdir, args.overrides, mesh=mesh)
   sampler = dataclasses.replace(sampler, config=config)
   name = rollouts.label_of(args.workdir)

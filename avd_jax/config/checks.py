@@ -154,6 +154,8 @@ def check(config: ConfigDict, frames: int = 0, trains: bool = True) -> None:
       )
     _check_stage(f"stage.{name}", config.stage[name], config)
   _check_banks(config)
+  if trains:
+    _check_students(config)
 
 
 def _check_stage(name: str, section: ConfigDict, config: ConfigDict) -> None:
@@ -228,25 +230,6 @@ def _check_dmd(
       f"{name}: objective 'dmd' keeps the history in a cache, where"
       " loss.history_dropout cannot replace it: set it to 0"
     )
-  if config.optimizer.accumulation > 1:
-    raise UserError(
-      f"{name}: objective 'dmd' trains its critic on what it makes, and would"
-      " on every microbatch: set optimizer.accumulation to 1"
-    )
-  # Such a student knows one way of being sampled.
-  if name == f"stage.{config.stages[-1]}":
-    if config.sampling.guidance != 1:
-      raise UserError(
-        f"{name}: objective 'dmd' makes a student that is sampled without"
-        " guidance by text: set sampling.guidance to 1 (the teacher's is"
-        f" {name}.dmd.guidance)"
-      )
-    if config.sampling.shift != options.shift:
-      raise UserError(
-        f"{name}.dmd.shift {options.shift} is not sampling.shift"
-        f" {config.sampling.shift}: a student is sampled at the levels it"
-        " learned; set both alike"
-      )
   chunks = config.data.frames // config.model.chunk_frames
   prefix = max(section.degradation.clean_prefix, config.loss.skip_chunks)
   if prefix >= chunks:
@@ -258,6 +241,32 @@ def _check_dmd(
     raise UserError(
       f"{name}.dmd.guidance {options.guidance} leads away from the null text,"
       " and model.text is 'none'"
+    )
+
+
+def _check_students(config: ConfigDict) -> None:
+  """What training with objective 'dmd' asks of the rest of a config."""
+  students = [n for n in config.stages if config.stage[n].objective == "dmd"]
+  if students and config.optimizer.accumulation > 1:
+    raise UserError(
+      f"stage.{students[0]}: objective 'dmd' trains its critic on what it"
+      " makes, and would on every microbatch: set optimizer.accumulation to 1"
+    )
+  # Such a student knows one way of being sampled.
+  last, options = config.stages[-1], config.sampling
+  if last not in students:
+    return
+  if options.guidance != 1:
+    raise UserError(
+      f"stage.{last}: objective 'dmd' makes a student that is sampled without"
+      " guidance by text: set sampling.guidance to 1 (the teacher's is"
+      f" stage.{last}.dmd.guidance)"
+    )
+  shift = config.stage[last].dmd.shift
+  if options.shift != shift:
+    raise UserError(
+      f"stage.{last}.dmd.shift {shift} is not sampling.shift {options.shift}:"
+      " a student is sampled at the levels it learned; set both alike"
     )
 
 

@@ -82,18 +82,23 @@ def _cached(
   v = call(tokens, e, x, t, method="predict")
   k, v_, mean = zip(*layers, strict=True)
   kv = kv_cache.KVCache(k, v_, mean if cache.kv.mean else ())
-  return v, dataclasses.replace(cache, kv=_placed(kv, place))
+  return v, dataclasses.replace(cache, kv=_placed(kv, cfg, place))
 
 
-def _placed(kv: kv_cache.KVCache, place: Place) -> kv_cache.KVCache:
+def _placed(
+  kv: kv_cache.KVCache, cfg: DiTConfig, place: Place
+) -> kv_cache.KVCache:
   """A cache cut over the mesh like the activations it is made of."""
+  see = cfg.attention
+  dense = see.routing_top_k is None and not see.sink
 
   def chunks(x):
     x = parallel.constrain(x, place, parallel.HEADS)
-    if platform_of(place) != "tpu":
+    if platform_of(place) != "tpu" or not dense:
       return x
-    # Tokens within heads, as it comes and as kernels read it: a loop over
-    # chunks would lay it out anew, and so hold it twice.
+    # Tokens within heads, as it comes and as splash reads it: a loop over
+    # chunks would lay it out anew, and so hold it twice. (tpu_routed, which has
+    # routing and sinks, reads heads within tokens.)
     laid = lambda x: with_layout_constraint(x, Layout((0, 1, 3, 2, 4)))
     if not isinstance(place, Mesh) or place.size == 1:
       return laid(x)
@@ -135,7 +140,7 @@ def make(
     shape = (x.shape[0], tokens, cfg.num_heads, cfg.head_dim)
     routed = see.routing_top_k is not None
     kv = kv_cache.init(cfg.num_layers, layout.slots, shape, cfg.dtype, routed)
-    return Cache(_placed(kv, place), layout)
+    return Cache(_placed(kv, cfg, place), layout)
 
   cached = functools.partial(_cached, cfg, place, attend)
   return Denoiser(parallel, cached, init_cache, cfg.chunk_frames)

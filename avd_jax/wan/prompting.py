@@ -115,8 +115,15 @@ def embed(
 ) -> Float[np.ndarray, "n m d"]:
   """Embeddings of prompts, float32, zeros behind each prompt's end.
 
-  Args and errors as `check`, which finds them without weights; what is too long
-  is cut.
+  What is too long is cut; ask `check` first, which says so without weights.
+
+  Args:
+    checkpoint: what `importing.run` wrote.
+    prompts: texts.
+    length: tokens that a prompt may have, its end among them.
+
+  Raises:
+    UserError: no text encoder or tokenizer there, or the extra wan is missing.
   """
   encoder = TextEncoder(checkpoint, length)
   found = {prompt: encoder(prompt)[0] for prompt in dict.fromkeys(prompts)}

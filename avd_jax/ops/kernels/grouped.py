@@ -223,7 +223,8 @@ def _backward(static, kept, cotangents):
   dq, *dkv = engine.backward(
     mine.cut(met),
     mine.cut(dout),
-    mine.cut(lse, PAD),  # of padding, which so gets a probability of 0
+    # Of padding, which so gets a probability of 0; its delta may be any.
+    mine.cut(lse, PAD),
     mine.cut(delta),
     column,
     k,
