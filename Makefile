@@ -21,6 +21,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 CHECK_ARGS ?=
 # pytest processes; a file's tests stay together, they share what is compiled.
+# Files come by name: by number of tests, the longest few would come last.
 WORKERS ?= 2
 
 # The first that is new enough, and runs: a version manager's shim may not.
@@ -45,7 +46,8 @@ demo: $(CORE)
 	$(BIN)/avd demo --workdir runs/demo $(DEMO_ARGS)
 
 test: $(TEST)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
+	  --no-loadscope-reorder $(PYTEST_ARGS)
 
 peers: $(PEERS)
 

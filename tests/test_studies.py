@@ -34,7 +34,7 @@ STUDIES = (
 )
 # They have no analysis and no way to train that others lack: minutes saved.
 # That their configs are sound is seen in tests/test_study.py.
-LONG = ("causality", "content_cost", "history", "reversal")
+LONG = ("causality", "content_cost", "history", "reversal", "shift")
 ALL = bool(os.environ.get("AVD_TEST_ALL"))
 ABOUT = {"command": "avd study x", "device": "a test"}
 # One layer, clips of four frames, rollouts of eight.
