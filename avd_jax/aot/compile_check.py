@@ -87,7 +87,7 @@ BOUNDS: dict[str, dict[str, float]] = {
   "decoding layer, 5 routed of 21 chunks": {
     "h100": 135,
     "h200": 135,
-    "v5e": 1033,
+    "v5e": 1431,
     "v5p": 1143,
     "v6e": 1190,
   },
